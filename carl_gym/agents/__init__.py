@@ -1,0 +1,1 @@
+"""Agents: the policy contract and what implements it."""

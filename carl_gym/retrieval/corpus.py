@@ -1,0 +1,136 @@
+"""The texts that can be retrieved, and what a retriever is. Loaded once, never changed, shared by everyone."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Protocol
+
+from carl_gym.envs.state import Passage
+from carl_gym.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One search result: a passage's id and its score (higher is better)."""
+
+    passage_id: str
+    score: float
+
+
+class Retriever(Protocol):
+    """Anything that finds passages of a corpus."""
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        """At most `k` hits per query, best first. The same queries always give the same hits."""
+        ...
+
+
+class Corpus:
+    """Passages in a fixed order, by id and by title.
+
+    Args:
+        passages: at least one, with unique ids. Titles may repeat: looking up a title gives the first.
+        source: where they come from, for error messages.
+
+    Raises:
+        DataError: no passages, or an id that occurs twice.
+    """
+
+    def __init__(self, passages: Iterable[Passage], source: str = "corpus") -> None:
+        self.passages = tuple(passages)
+        if not self.passages:
+            raise DataError(f"{source}: the corpus is empty; it needs at least one passage")
+        self._by_id: dict[str, Passage] = {}
+        self._by_title: dict[str, Passage] = {}
+        digest = blake2b(digest_size=16)
+        for passage in self.passages:
+            if self._by_id.setdefault(passage.id, passage) is not passage:
+                raise DataError(f"{source}: two passages have the id {passage.id!r}; ids must be unique")
+            self._by_title.setdefault(_title_key(passage.title), passage)
+            for field in (passage.id, passage.title, passage.text):
+                data = field.encode("utf-8", "surrogatepass")
+                digest.update(b"%d:" % len(data) + data)
+        self.fingerprint = digest.hexdigest()
+        """Hash of every id, title and text in order: equal fingerprints mean equal corpora."""
+
+    @staticmethod
+    def load(path: str | Path) -> Corpus:
+        """Read `{"id", "title", "text"}` records from a JSON-lines file, plain or .gz; other keys are ignored.
+
+        Raises:
+            DataError: names the file and line of what cannot be read.
+        """
+        return Corpus(_read_passages(Path(path)), source=str(path))
+
+    def __len__(self) -> int:
+        return len(self.passages)
+
+    def __getitem__(self, passage_id: str) -> Passage:
+        return self._by_id[passage_id]
+
+    def __contains__(self, passage_id: object) -> bool:
+        return passage_id in self._by_id
+
+    def by_title(self, title: str) -> Passage | None:
+        """The first passage with this title, ignoring case and extra white space."""
+        return self._by_title.get(_title_key(title))
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """The records of a JSON-lines file (UTF-8, plain or .gz) with their line numbers; blank lines are skipped.
+
+    Raises:
+        DataError: no such file, a broken archive, invalid UTF-8 or a line that is not a JSON object.
+    """
+    line_number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for line_number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield line_number, _record(path, line_number, line)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read after line {line_number}: {error}; is the file complete?") from error
+
+
+def text_field(record: dict[str, object], key: str, where: str) -> str:
+    """The non-blank string under `key`. Raises DataError naming `where` if there is none."""
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        found = "is missing" if key not in record else f"is {value!r}"
+        raise DataError(f"{where}: key {key!r} {found}; expected a text that is not empty")
+    return value
+
+
+def _record(path: Path, line_number: int, line: bytes) -> dict[str, object]:
+    where = f"{path}, line {line_number}"
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: invalid UTF-8 at byte {error.start} of the line; save the file as UTF-8") from error
+    except ValueError as error:
+        raise DataError(f"{where}: not valid JSON ({error}); expected one JSON object per line") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    return record
+
+
+def _read_passages(path: Path) -> Iterator[Passage]:
+    lines: dict[str, int] = {}
+    for line_number, record in read_jsonl(path):
+        where = f"{path}, line {line_number}"
+        passage = Passage(*(text_field(record, key, where) for key in ("id", "title", "text")))
+        if (first := lines.setdefault(passage.id, line_number)) != line_number:
+            raise DataError(f"{where}: id {passage.id!r} was already used in line {first}; ids must be unique")
+        yield passage
+
+
+def _title_key(title: str) -> str:
+    return " ".join(title.casefold().split())

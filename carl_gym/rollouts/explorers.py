@@ -1,0 +1,150 @@
+"""Explorers decide what a tree rolls out next: how many trajectories start at the root, and which states fork.
+
+An explorer is a value and its methods are pure functions of the tree, asked only while no trajectory of that
+tree is under way. The collector asks, samples, and asks again.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+from carl_gym.errors import ConfigError
+from carl_gym.rollouts.tree import Node, RolloutTree
+
+RootRecord = Literal["separate", "merged"]
+
+
+class Explorer(Protocol):
+    """What to roll out next."""
+
+    def roots(self) -> Sequence[int]:
+        """One entry per root record: how many initial trajectories start there."""
+        ...
+
+    def next(self, tree: RolloutTree) -> list[int]:
+        """Ids of the nodes to extend by one new trajectory each (a node may repeat); empty: the tree is complete."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RootExplorer:
+    """Independent rollouts from one root: GRPO's group; evaluation with `rollouts=1`.
+
+    Raises:
+        ConfigError: `rollouts` < 1.
+    """
+
+    rollouts: int = 16
+
+    def __post_init__(self) -> None:
+        _require_count("rollouts", self.rollouts, at_least=1)
+
+    def roots(self) -> tuple[int, ...]:
+        """One root record with every rollout."""
+        return (self.rollouts,)
+
+    def next(self, tree: RolloutTree) -> list[int]:
+        """Nothing is ever forked."""
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class EntropyForking:
+    """Uncertainty-guided progressive forking (CARL, arXiv 2512.04949, Algorithm 1).
+
+    Phase 1 rolls out `initial` (N0) trajectories from the root. Phase 2 forks `forks` (N) times: the recorded
+    non-terminal state with the largest H / n (the lowest "action density" n / H) is rolled out once more, to
+    the end. Ties go to the lowest (trajectory number, depth). When every H is 0 there is nothing to learn by
+    forking, and the tree is complete early.
+
+    Attributes:
+        initial: N0, at least 1.
+        forks: N, at least 0. A complete tree has N0 + N leaves.
+        forks_per_round: 1 is the paper's order. k > 1 forks the top k states at once, by an H that does not yet
+            know of the others: more parallel, slightly stale.
+        root: "separate" gives each initial rollout its own root record (n = 1), the literal algorithm; "merged"
+            has one root record with N0 children (n = N0).
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    initial: int = 8
+    forks: int = 16
+    forks_per_round: int = 1
+    root: RootRecord = "separate"
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    def roots(self) -> tuple[int, ...]:
+        """Phase 1."""
+        return _initial_rollouts(self)
+
+    def next(self, tree: RolloutTree) -> list[int]:
+        """Phase 2: the states of largest H / n."""
+
+        def by_density(node: Node) -> tuple[float, int, int]:
+            return -tree.H(node.id) / len(node.children), node.trajectory, node.depth
+
+        uncertain = (node for node in tree.recorded() if tree.H(node.id) > 0)
+        return [node.id for node in heapq.nsmallest(len(_fork_numbers(self, tree)), uncertain, key=by_density)]
+
+
+@dataclass(frozen=True, slots=True)
+class RandomForking:
+    """The ablation of `EntropyForking`: forks a uniformly drawn recorded non-terminal state.
+
+    The draws come from the tree's seed and the number of the fork, so they are independent of the sampled actions:
+    over trajectories of equal length the tree's value estimates are unbiased. (Where lengths vary, how many states
+    were recorded still depends on the actions.) It never completes early.
+
+    Attributes and errors are those of `EntropyForking`.
+    """
+
+    initial: int = 8
+    forks: int = 16
+    forks_per_round: int = 1
+    root: RootRecord = "separate"
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    def roots(self) -> tuple[int, ...]:
+        """Phase 1, as in `EntropyForking`."""
+        return _initial_rollouts(self)
+
+    def next(self, tree: RolloutTree) -> list[int]:
+        """Phase 2: independent uniform draws, with replacement."""
+        recorded = sorted(tree.recorded(), key=lambda node: (node.trajectory, node.depth))
+        return [
+            random.Random(tree.seed_for("fork", number)).choice(recorded).id for number in _fork_numbers(self, tree)
+        ]
+
+
+def _initial_rollouts(explorer: EntropyForking | RandomForking) -> tuple[int, ...]:
+    return (explorer.initial,) if explorer.root == "merged" else (1,) * explorer.initial
+
+
+def _fork_numbers(explorer: EntropyForking | RandomForking, tree: RolloutTree) -> range:
+    """Trajectory numbers of the forks of this round; empty when all are done."""
+    started = tree.trajectories
+    return range(started, min(started + explorer.forks_per_round, explorer.initial + explorer.forks))
+
+
+def _validate(explorer: EntropyForking | RandomForking) -> None:
+    _require_count("initial", explorer.initial, at_least=1)
+    _require_count("forks", explorer.forks, at_least=0)
+    _require_count("forks_per_round", explorer.forks_per_round, at_least=1)
+    if explorer.root not in get_args(RootRecord):
+        raise ConfigError(f"root must be one of {', '.join(get_args(RootRecord))}, not {explorer.root!r}")
+
+
+def _require_count(name: str, value: int, *, at_least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        symbol = {"initial": " (N0)", "forks": " (N)"}.get(name, "")
+        raise ConfigError(f"{name}{symbol} must be an integer >= {at_least}, not {value!r}")

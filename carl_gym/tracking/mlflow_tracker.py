@@ -1,0 +1,216 @@
+"""A training run in MLflow. The trainer calls `log_step` after every step; a killed run that is resumed goes on
+in the same MLflow run and logs no metric of a step a second time.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from carl_gym.errors import CarlGymError, ConfigError
+
+MAX_PARAM_CHARS = 6000
+"""MLflow's limit for the text of a parameter; it would cut longer ones."""
+PARAMS_PER_BATCH = 100
+"""MLflow's limit for one call."""
+
+
+class MlflowTracker:
+    """One MLflow run, started or resumed at construction. Usable as a context manager, which sets the final status.
+
+    MLflow writes the metrics of one `log_step` to an SQL store in a single transaction, so a kill leaves all of
+    them or none. Stores without that guarantee are covered too: what a resumed run already holds is looked up per
+    metric, and a step that is done again adds only what is missing. The first value logged stands.
+
+    Args:
+        tracking_uri: where MLflow stores runs. None: the environment variable MLFLOW_TRACKING_URI, else an SQLite
+            file `mlflow.db` in the folder that holds `output_dir`, with the artifacts in `mlartifacts` beside it.
+        experiment: name of the experiment; created when there is none.
+        output_dir: the run's output folder.
+        params: what the run was configured with, nested mappings joined by dots. MLflow keeps them unchangeable.
+        tags: further tags; the git revision of a checkout is added. A resumed run takes over the new values.
+        run_name: shown in the MLflow UI.
+        run_id: resume this run instead of starting one.
+
+    Raises:
+        ConfigError: the run to resume is not in this store or had other parameters, or a parameter is too long.
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str | None,
+        experiment: str,
+        *,
+        output_dir: Path,
+        params: Mapping[str, object],
+        tags: Mapping[str, str] | None = None,
+        run_name: str | None = None,
+        run_id: str | None = None,
+    ) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read once, when mlflow is imported
+        from mlflow import MlflowClient
+        from mlflow.entities import Param, RunTag
+
+        for chatty in ("mlflow.store.db.utils", "alembic"):  # they narrate the creation of the database
+            logging.getLogger(chatty).setLevel(logging.WARNING)
+        texts = {name: str(value) for name, value in flatten(params).items()}
+        for name, text in texts.items():
+            if len(text) > MAX_PARAM_CHARS:
+                raise ConfigError(
+                    f"parameter {name!r} has {len(text)} characters, MLflow keeps at most {MAX_PARAM_CHARS}; "
+                    "log it with log_dict instead"
+                )
+        self.uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(output_dir)
+        if self.uri.startswith("sqlite:///"):
+            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        self._client = MlflowClient(tracking_uri=self.uri)
+        if run_id is None:
+            run = self._client.create_run(self._experiment_id(experiment), run_name=run_name)
+            self.run_id: str = run.info.run_id
+            self._last_step: dict[str, int] = {}
+            missing = texts
+        else:
+            self.run_id = run_id
+            self._last_step, missing = self._resume(texts)
+        self._client.log_batch(self.run_id, tags=[RunTag(*tag) for tag in {**git_tags(), **(tags or {})}.items()])
+        new = [Param(*param) for param in missing.items()]
+        for start in range(0, len(new), PARAMS_PER_BATCH):
+            self._client.log_batch(self.run_id, params=new[start : start + PARAMS_PER_BATCH])
+
+    @property
+    def ui_command(self) -> str:
+        """The shell command that shows this run in a browser."""
+        return self.uri if self.uri.startswith("http") else f"mlflow ui --backend-store-uri {self.uri}"
+
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log metrics of one step; those that the run already holds for this step or a later one are left alone.
+
+        Args:
+            step: counts up over a run.
+            metrics: values by name; names are grouped by slashes, as in "rollout/reward".
+
+        Raises:
+            CarlGymError: a value is NaN or infinite; nothing of the step is logged.
+        """
+        from mlflow.entities import Metric
+
+        broken = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+        if broken:
+            raise CarlGymError(
+                f"step {step}: metrics must be finite, got {broken}; leave out a metric that has no value in this "
+                "step, and look for the cause where it should have one"
+            )
+        now = time.time_ns() // 1_000_000
+        fresh = [
+            Metric(name, float(value), now, step)
+            for name, value in metrics.items()
+            if step > self._last_step.get(name, -1)
+        ]
+        if fresh:
+            self._client.log_batch(self.run_id, metrics=fresh)
+            self._last_step.update((metric.key, step) for metric in fresh)
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Copy a file, or a folder with all that is in it, into the run's artifacts, under `folder` when given."""
+        if path.is_dir():
+            self._client.log_artifacts(self.run_id, str(path), folder)
+        else:
+            self._client.log_artifact(self.run_id, str(path), folder)
+
+    def log_dict(self, content: Mapping[str, object], name: str) -> None:
+        """Write a mapping (the configuration, a resolved card) as the artifact `name`, ending in .json or .yaml."""
+        self._client.log_dict(self.run_id, dict(content), name)
+
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
+        """Close the run. A run that is killed for good stays RUNNING in MLflow until it is resumed."""
+        self._client.set_terminated(self.run_id, status)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.finish("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+
+    def _experiment_id(self, name: str) -> str:
+        found = self._client.get_experiment_by_name(name)
+        if found is not None:
+            return found.experiment_id
+        # MLflow would put the artifacts of a local store below the working directory.
+        is_file = self.uri.startswith("sqlite:///")
+        beside = Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts" if is_file else None
+        return self._client.create_experiment(name, artifact_location=beside.as_uri() if beside else None)
+
+    def _resume(self, texts: Mapping[str, str]) -> tuple[dict[str, int], dict[str, str]]:
+        """Reopen the run: the last logged step of every metric, and the parameters that the run lacks."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            data = self._client.get_run(self.run_id).data
+        except MlflowException as error:
+            raise ConfigError(
+                f"cannot resume MLflow run {self.run_id!r} in {self.uri}: {error}; pass the --tracking-uri that the "
+                "run was started with, or start a new run in another output directory"
+            ) from error
+        changed = [
+            f"{name}: {data.params[name]} -> {text}"
+            for name, text in texts.items()
+            if data.params.get(name, text) != text
+        ]
+        if changed:
+            raise ConfigError(
+                f"MLflow run {self.run_id} was started with other parameters ({'; '.join(changed)}); resume with "
+                "the same ones, or start a new run in another output directory"
+            )
+        self._client.update_run(self.run_id, status="RUNNING")
+        last_step = {
+            name: max(metric.step for metric in self._client.get_metric_history(self.run_id, name))
+            for name in data.metrics
+        }
+        return last_step, {name: text for name, text in texts.items() if name not in data.params}
+
+
+def default_uri(output_dir: Path) -> str:
+    """The SQLite store beside a run's output folder, which all runs in the same parent folder share."""
+    return f"sqlite:///{output_dir.resolve().parent / 'mlflow.db'}"
+
+
+def flatten(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested mappings as one level: `{"card": {"turns": 8}}` becomes `{"card.turns": 8}`."""
+    flat: dict[str, object] = {}
+    for name, value in nested.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def git_tags(package: Path = Path(__file__).resolve().parents[1]) -> dict[str, str]:
+    """Commit and cleanliness of the checkout that `package` is part of, under MLflow's tag names; {} without one."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):  # no git, or none that answers: the tag is only a convenience
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed package can lie inside somebody else's repository, whose revision says nothing about it.
+    if git("ls-files", "--error-unmatch", "errors.py") is None:
+        return {}
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", "..")
+    if commit is None or changes is None:
+        return {}
+    return {"mlflow.source.git.commit": commit, "mlflow.source.git.dirty": str(bool(changes)).lower()}
