@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ def test_a_half_written_step_is_completed_and_not_doubled(output_dir):
         first._client.log_metric(first.run_id, name, 1.0, step=1)
     second = start(output_dir, run_id=first.run_id)
     second.log_step(1, dict.fromkeys(NAMES, 1.0))
-    assert {name: history(second, name) for name in NAMES} == dict.fromkeys(NAMES, [(0, 0.0), (1, 1.0)])
+    assert {name: history(second, name) for name in NAMES} == {name: [(0, 0.0), (1, 1.0)] for name in NAMES}
 
 
 WRITER = """
@@ -117,10 +118,8 @@ def test_steps_stay_whole_and_single_through_kills(output_dir):
             done = int(line)
             if done >= redo_from + 20:
                 break
-        try:
-            writer.wait(timeout=delays.uniform(0, 0.02))  # the kill falls anywhere in the writing of a step
-        except subprocess.TimeoutExpired:
-            pass
+        with suppress(subprocess.TimeoutExpired):  # the kill falls anywhere in the writing of a step
+            writer.wait(timeout=delays.uniform(0, 0.02))
         writer.send_signal(signal.SIGKILL)
         done = max([done, *(int(line) for line in writer.stdout.read().split())])
         writer.wait()

@@ -99,7 +99,7 @@ class TransformersPolicy:
         self._cache = PrefixCache(cache_bytes)
         self._scorer = LogprobModel(model)
         self._eos = _eos_ids(model, tokenizer)
-        # Only a token that contains a stop string's last character can complete one; looking up is cheaper than decoding.
+        # Only a token with a stop string's last character can complete one; this look-up spares decoding.
         last = {s[-1] for s in self.stop}
         pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         self._may_stop = {i for i, piece in enumerate(pieces) if last & set(piece)}

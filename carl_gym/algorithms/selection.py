@@ -54,6 +54,7 @@ def token_weights(
     weights = []
     for length, mask in zip(lengths, selected, strict=True):
         weight = np.zeros(len(length))
-        weight[mask] = 1.0 / (actions * length[mask]) if reduction == "action" else 1.0 / tokens
+        share = actions * length if reduction == "action" else np.full(len(length), tokens)
+        weight[mask] = 1.0 / share[mask]
         weights.append(weight)
     return weights

@@ -170,7 +170,7 @@ def _checked(hint: object, spec: dataclasses.Field[object], value: object, where
     if type(value) is not hint:
         raise _wrong(where, spec.name, value, _NAMES[hint])
     low, high = spec.metadata.get("bounds", (-math.inf, math.inf))
-    if hint in (int, float) and not low <= value <= high:  # type: ignore[operator]
+    if hint in (int, float) and not low <= value <= high:
         raise _wrong(where, spec.name, value, f"{_NAMES[hint]} from {low:g} to {high:g}")
     return value
 

@@ -43,9 +43,7 @@ class Data:
     is_mini: bool = False
 
 
-def load_miniwiki(
-    *, world: int = 0, split: str = "train", questions: int = 600, hops: Sequence[int] = (2, 3)
-) -> Data:
+def load_miniwiki(*, world: int = 0, split: str = "train", questions: int = 600, hops: Sequence[int] = (2, 3)) -> Data:
     """Generate a world (see `carl_gym.envs.miniwiki.generate`).
 
     Args:
@@ -139,7 +137,8 @@ def from_hotpot_records(records: Iterable[Mapping[str, Any]], source: str) -> Da
     Raises:
         DataError: names the record and the key.
     """
-    questions, passages = [], {}
+    questions: list[Question] = []
+    passages: dict[str, Passage] = {}
     for number, record in enumerate(records):
         where = f"{source}, record {number}"
         supporting, context = (_table(record, key, where) for key in ("supporting_facts", "context"))

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 from carl_gym.envs.state import Hop, Passage, Question
 from carl_gym.errors import ConfigError
@@ -76,7 +76,7 @@ class Entity:
 
 
 @functools.cache
-def vocabulary() -> dict:
+def vocabulary() -> dict[str, dict[str, Any]]:
     """Name pools and phrasings (`carl_gym/data/miniwiki.toml`)."""
     text = (resources.files("carl_gym") / "data" / "miniwiki.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)
@@ -123,7 +123,9 @@ def generate(
     rng.shuffle(pages)
     passages = tuple(Passage(f"mw{seed}-{i}", title, text) for i, (title, text) in enumerate(pages))
     content = {
-        e.title: Page(e.name, e.subkind, {r: (_name(o), None if isinstance(o, str) else o.title) for r, o in e.facts.items()})
+        e.title: Page(
+            e.name, e.subkind, {r: (_name(o), None if isinstance(o, str) else o.title) for r, o in e.facts.items()}
+        )
         for e in entities
     }
     return World(_ask(rng, entities, split, seed, questions, tuple(hops)), passages, content)
@@ -214,7 +216,11 @@ def _distractor(rng: random.Random, entities: list[Entity]) -> tuple[str, str]:
     """A page under a near-duplicate title that says nothing of use."""
     entity = rng.choice(entities)
     what, sentence = rng.choice(
-        [("song", "The song is about a long journey."), ("ship", "The ship was broken in the north."), ("street", "It is a quiet road.")]
+        [
+            ("song", "The song is about a long journey."),
+            ("ship", "The ship was broken in the north."),
+            ("street", "It is a quiet road."),
+        ]
     )
     return f"{entity.name} ({what})", f"{entity.name} is a {what}. {sentence}"
 

@@ -11,13 +11,13 @@ import functools
 import inspect
 import tomllib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import gymnasium as gym
 
 from carl_gym.envs import data
-from carl_gym.envs.cards import EnvCard, list_cards, load_card
+from carl_gym.envs.cards import EnvCard, list_cards, load_card, make_card
 from carl_gym.envs.gym_env import SearchEnv
 from carl_gym.envs.task import SearchTask
 from carl_gym.errors import CardError
@@ -60,9 +60,7 @@ def make_task(card: str | Path | EnvCard, **kwargs: object) -> SearchTask:
     fields = {field.name for field in dataclasses.fields(EnvCard)} - {"id", "description", "data"}
     overrides = {key: value for key, value in kwargs.items() if key in fields}
     arguments = {key: value for key, value in kwargs.items() if key not in fields}
-    if isinstance(card, EnvCard):
-        card = dataclasses.replace(card)
-    card = load_env_card(card, overrides)
+    card = env_card(card, overrides)
     load = _loader(card)
     allowed = [name for name, p in inspect.signature(load).parameters.items() if p.kind is p.KEYWORD_ONLY]
     for key in arguments:
@@ -74,3 +72,32 @@ def make_task(card: str | Path | EnvCard, **kwargs: object) -> SearchTask:
     loaded = load(**arguments)
     retriever = BM25(loaded.corpus, card.index.k1, card.index.b, cache=card.index.cache)
     return SearchTask(loaded.questions, loaded.corpus, retriever, card, loaded.source, loaded.is_mini)
+
+
+def make_env(card: str, **kwargs: object) -> SearchEnv:
+    """What `gymnasium.make` calls; arguments as for `make_task`."""
+    return SearchEnv(make_task(card, **kwargs))
+
+
+def env_card(card: str | Path | EnvCard, overrides: Mapping[str, object] | None = None) -> EnvCard:
+    """The card of a registered id or a file, with overrides applied. Raises CardError."""
+    if isinstance(card, EnvCard):
+        values = {field.name: getattr(card, field.name) for field in dataclasses.fields(card)}
+        return make_card(EnvCard, values | dict(overrides or {}), card.id)
+    if not str(card).endswith(".toml"):
+        id = str(card).removeprefix("carl_gym:")
+        if id not in _paths:
+            close = difflib.get_close_matches(id, _paths, n=1)
+            suggestion = f" (did you mean {close[0]!r}?)" if close else ""
+            raise CardError(f"unknown environment {id!r}{suggestion}; known ids: {', '.join(sorted(_paths))}")
+        card = _paths[id]
+    return load_card("envs", card, EnvCard, overrides)
+
+
+def _loader(card: EnvCard) -> Callable[..., data.Data]:
+    return data.load_miniwiki if card.data == "miniwiki" else functools.partial(data.load_named, card.data)
+
+
+def _register(id: str, path: Path) -> None:
+    _paths[id] = path
+    gym.register(id, entry_point="carl_gym.envs.registration:make_env", kwargs={"card": id})

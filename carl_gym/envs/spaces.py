@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from gymnasium.spaces import Space
 
-_WORDS = "river city film author born capital director country music novel company prize 1984 Zürich 東京".split()
+_WORDS = ("river", "city", "film", "author", "born", "capital", "director", "music", "prize", "1984", "Zürich", "東京")
 
 
 class TextSpace(Space[str]):
@@ -40,7 +40,7 @@ class TextSpace(Space[str]):
         return f"{type(self).__name__}({self.max_length})"
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.max_length == self.max_length  # type: ignore[attr-defined]
+        return type(other) is type(self) and other.max_length == self.max_length
 
 
 class ActionSpace(TextSpace):

@@ -122,9 +122,7 @@ class EnvState:
                     f"state has schema version {raw['schema']}, this carl_gym reads {SCHEMA_VERSION}; "
                     "replay the episode's actions with this version instead"
                 )
-            turns = tuple(
-                Turn(ParsedAction(**turn["action"]), tuple(turn["passage_ids"])) for turn in raw.pop("turns")
-            )
+            turns = tuple(Turn(ParsedAction(**turn["action"]), tuple(turn["passage_ids"])) for turn in raw.pop("turns"))
             return EnvState(turns=turns, **raw)
         except (ValueError, KeyError, TypeError) as error:
             raise StateError(f"not a carl_gym state: {error!r}; pass the text that EnvState.to_json gave") from error

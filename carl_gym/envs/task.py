@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from carl_gym.envs.cards import EnvCard
-from carl_gym.envs.protocol import INVALID_HINTS, escape, parse
+from carl_gym.envs.protocol import INVALID_HINTS, TOOLS, escape, parse
 from carl_gym.envs.scoring import REWARDS, Score, exact_match, f1_score
 from carl_gym.envs.state import SCHEMA_VERSION, EnvState, ParsedAction, Passage, Question, Status, Turn
 from carl_gym.errors import ActionError, DataError, StateError
@@ -69,13 +69,20 @@ class SearchTask:
         retriever: searches that corpus.
         card: budgets, text lengths and the reward.
         source: what was loaded, for `info` and reports.
+        is_mini: the data is a small stand-in; scores must not be reported under the data set's name.
 
     Raises:
         DataError: no questions, or two with one id.
     """
 
     def __init__(
-        self, questions: Sequence[Question], corpus: Corpus, retriever: Retriever, card: EnvCard, source: str
+        self,
+        questions: Sequence[Question],
+        corpus: Corpus,
+        retriever: Retriever,
+        card: EnvCard,
+        source: str,
+        is_mini: bool = False,
     ) -> None:
         self.questions = {question.id: question for question in questions}
         if not questions or len(self.questions) != len(questions):
@@ -85,6 +92,7 @@ class SearchTask:
         self.retriever = retriever
         self.card = card
         self.source = source
+        self.is_mini = is_mini
         self._card_hash = card.hash
         self._reward = REWARDS[card.reward]
 
@@ -177,7 +185,7 @@ class SearchTask:
             "format": score.format,
             "gold_title_recall": found,
             "gold_title_opened": opened,
-            "parsed_action": last and {"kind": last.kind, "argument": last.argument, "code": last.code},
+            "parsed_action": {"kind": last.kind, "argument": last.argument, "code": last.code} if last else None,
         }
 
     def validate(self, state: EnvState) -> EnvState:
@@ -189,12 +197,18 @@ class SearchTask:
         self._check_origin(state)
         if state.question_id not in self.questions:
             raise StateError(f"the state's question {state.question_id!r} is not among the questions of {self.source}")
-        if unknown := [id for turn in state.turns for id in turn.passage_ids if id not in self.corpus]:
-            raise StateError(f"the state mentions passage {unknown[0]!r}, which the corpus of {self.source} lacks")
-        if state.status != self._status(state.turns):
+        for turn in state.turns:
+            for id in turn.passage_ids:
+                if id not in self.corpus:
+                    raise StateError(f"the state mentions passage {id!r}, which the corpus of {self.source} lacks")
+            kind, code = turn.action.kind, turn.action.code
+            if not (code in INVALID_HINTS if kind == "invalid" else kind in TOOLS and code == "ok"):
+                raise StateError(f"the state has an unknown action (kind {kind!r}, code {code!r})")
+        ended_early = any(turn.action.kind == "answer" for turn in state.turns[:-1])
+        if ended_early or len(state.turns) > self.card.turns or state.status != self._status(state.turns):
             raise StateError(
-                f"the state's status {state.status!r} contradicts its {len(state.turns)} turns "
-                f"(expected {self._status(state.turns)!r}); pass a state exactly as an environment gave it"
+                f"the state's status {state.status!r} contradicts its {len(state.turns)} turns (the budget is "
+                f"{self.card.turns}); pass a state exactly as an environment gave it"
             )
         return state
 

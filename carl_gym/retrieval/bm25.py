@@ -59,6 +59,8 @@ class BM25:
                 [vocabulary.setdefault(term, len(vocabulary)) for term in self._tokenize(f"{p.title} {p.text}")]
                 for p in corpus.passages
             ]
+            if not any(documents):
+                documents[0] = [vocabulary[""]]  # bm25s divides by the mean length
             index = bm25s.BM25(k1=k1, b=b, method="lucene")
             index.index((documents, vocabulary), show_progress=False)
             if folder:

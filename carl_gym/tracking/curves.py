@@ -10,6 +10,7 @@ from carl_gym.tracking.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY,
 
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = (0, (4, 2))
 
 
 def learning_curve(runs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
@@ -31,6 +32,7 @@ def learning_curve(runs: Mapping[str, Sequence[Mapping[str, float]]], path: Path
     if not 1 <= len(runs) <= len(COLOURS):
         raise CarlGymError(f"a learning curve shows 1 to {len(COLOURS)} runs, got {len(runs)}: draw several")
     with figure(path, 5.2, 3.3) as canvas:
+        canvas.set_layout_engine("constrained")
         axes = canvas.add_subplot()
         for (name, rows), colour, marker in zip(runs.items(), COLOURS, MARKERS, strict=False):
             evaluations = [row for row in rows if "eval/sampled_em" in row]
@@ -41,8 +43,9 @@ def learning_curve(runs: Mapping[str, Sequence[Mapping[str, float]]], path: Path
                 points = [[row["actions_generated"], row[key]] for row in rows if key in row]
                 return [list(values) for values in zip(*points, strict=True)] or [[], []]
 
-            axes.plot(*column("eval/sampled_em"), color=colour, marker=marker, markersize=3.5, lw=1.6, label=name)
-            axes.plot(*column("eval/greedy_em"), color=colour, marker=marker, markersize=2.5, lw=1.0, ls=(0, (4, 2)))
+            sampled, greedy = column("eval/sampled_em"), column("eval/greedy_em")  # unclipped: whole markers at 0
+            axes.plot(*sampled, color=colour, marker=marker, markersize=3.5, lw=1.6, clip_on=False, label=name)
+            axes.plot(*greedy, color=colour, marker=marker, markersize=2.5, lw=1.0, ls=DASHES, clip_on=False)
             x, low = column("eval/sampled_em_low")
             if x:
                 axes.fill_between(x, low, column("eval/sampled_em_high")[1], color=colour, alpha=0.15, lw=0)
@@ -53,7 +56,7 @@ def learning_curve(runs: Mapping[str, Sequence[Mapping[str, float]]], path: Path
         axes.grid(axis="y")
         styles = [
             Line2D([], [], color=INK, lw=1.6, label="sampled (T = 1), 95 % interval"),
-            Line2D([], [], color=GREY, lw=1.0, ls=(0, (4, 2)), label="greedy"),
+            Line2D([], [], color=GREY, lw=1.0, ls=DASHES, label="greedy"),
         ]
         algorithms = axes.get_legend_handles_labels()[0]
         axes.legend(handles=[*algorithms, *styles], loc="best", fontsize=7)

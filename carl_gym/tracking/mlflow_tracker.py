@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from carl_gym.errors import CarlGymError, ConfigError
+from carl_gym.paths import PACKAGE
 
 MAX_PARAM_CHARS = 6000
 """MLflow's limit for the text of a parameter; it would cut longer ones."""
@@ -141,7 +142,7 @@ class MlflowTracker:
         if kind is None:
             self.finish()
         else:
-            self.finish("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+            self.finish("FAILED" if issubclass(kind, Exception) else "KILLED")  # KILLED: interrupted from outside
 
     def _experiment_id(self, name: str) -> str:
         found = self._client.get_experiment_by_name(name)
@@ -197,7 +198,7 @@ def flatten(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]
     return flat
 
 
-def git_tags(package: Path = Path(__file__).resolve().parents[1]) -> dict[str, str]:
+def git_tags(package: Path = PACKAGE) -> dict[str, str]:
     """Commit and cleanliness of the checkout that `package` is part of, under MLflow's tag names; {} without one."""
 
     def git(*arguments: str) -> str | None:

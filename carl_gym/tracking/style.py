@@ -46,8 +46,8 @@ def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
-        canvas = Figure(figsize=(width, height), layout="constrained")
+    with rc_context(STYLE):  # type: ignore[arg-type]  # matplotlib enumerates the keys as literals
+        canvas = Figure(figsize=(width, height))
         yield canvas
         path.parent.mkdir(parents=True, exist_ok=True)
         canvas.savefig(path.with_suffix(".png"))

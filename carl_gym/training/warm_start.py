@@ -1,6 +1,6 @@
 """The tiny agent's origin: a tokenizer and a small transformer, trained to imitate noisy expert traces on MiniWiki.
 
-    training worlds -> noisy expert -> traces -> byte-level BPE + Llama model -> agents/tiny/
+training worlds -> noisy expert -> traces -> byte-level BPE + Llama model -> agents/tiny/
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from carl_gym.agents.transcript import InlineTranscript
 from carl_gym.envs.miniwiki import generate
 from carl_gym.envs.protocol import TAGS
-
+from carl_gym.envs.registration import make_task
 from carl_gym.training.expert import Noise, Trace, imitate
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -67,9 +67,9 @@ def make_traces(config: WarmStartConfig) -> Iterator[list[Trace]]:
     """Expert traces, a list per training world. Worlds count down from -1: reinforcement uses 0 and up."""
     for world in range(-1, -1 - config.worlds, -1):
         rng = random.Random(f"traces {config.seed} {world}")
-        settings = {"questions": config.traces_per_world, "hops": config.hops}
-        facts = generate(world, split="train", **settings)
-        task = make_task("carl/MiniWiki-v0", world=world, split="train", **settings)
+        count, hops = config.traces_per_world, config.hops
+        facts = generate(world, split="train", questions=count, hops=hops)
+        task = make_task("carl/MiniWiki-v0", world=world, split="train", questions=count, hops=hops)
         yield [imitate(task, facts, question, config.noise, rng) for question in task.questions.values()]
 
 

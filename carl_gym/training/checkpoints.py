@@ -1,0 +1,96 @@
+"""Checkpoints that are whole or absent: written beside, flushed, then renamed into place.
+
+<output_dir>/checkpoints/step-000010/   the agent (usable on its own) and trainer.pt
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from carl_gym.agents.agent import Agent
+from carl_gym.errors import DataError
+from carl_gym.training.learner import Learner
+
+KEEP = 2
+STATE_FILE = "trainer.pt"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands after a step.
+
+    Attributes:
+        step: optimised steps so far; also the position in the data, whose order follows from the seed.
+        actions_generated: sampled so far.
+        actions_trained: in update sets so far.
+        seconds: of rollouts and updates so far.
+    """
+
+    step: int = 0
+    actions_generated: int = 0
+    actions_trained: int = 0
+    seconds: float = 0.0
+
+
+def save_checkpoint(output_dir: Path, progress: Progress, agent: Agent, learner: Learner, run_id: str) -> Path:
+    """Write a checkpoint and drop all but the newest two."""
+    folder = output_dir / "checkpoints"
+    final = folder / f"step-{progress.step:06d}"
+    partial = folder / f".partial-{final.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    agent.save(partial)
+    state = {
+        "progress": [getattr(progress, name) for name in Progress.__slots__],
+        "optimizer": learner.optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "policy_version": agent.policy.version,
+        "run_id": run_id,
+    }
+    torch.save(state, partial / STATE_FILE)
+    for path in [*partial.iterdir(), partial]:
+        _flush(path)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    _flush(folder)
+    for old in checkpoints(output_dir)[:-KEEP]:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted((output_dir / "checkpoints").glob("step-*"))
+
+
+def load_checkpoint(folder: Path, agent: Agent, learner: Learner) -> Progress:
+    """Put optimiser, random numbers and policy version back as they were; the agent was loaded from the folder.
+
+    Raises:
+        DataError: the trainer's state cannot be read.
+    """
+    try:
+        state = torch.load(folder / STATE_FILE, weights_only=True)
+        learner.optimizer.load_state_dict(state["optimizer"])
+        progress = Progress(*state["progress"])
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{folder}: not a checkpoint to resume from ({error}); delete it to resume from an older one"
+        ) from error
+    torch.set_rng_state(state["rng"])
+    agent.policy.version = state["policy_version"]
+    return progress
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

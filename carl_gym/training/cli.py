@@ -1,0 +1,131 @@
+"""The command line of training: options in, live progress and a before/after table out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from carl_gym.errors import CarlGymError, DataError
+from carl_gym.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Options(TrainConfig):
+    """Train a search agent with CARL or a baseline; see README.md for examples."""
+
+    compare: tuple[Path, ...] = ()
+    """Results of other runs (summary.json) to show beside this one's."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run training; an error that carl-gym raises on purpose is printed without a traceback, with exit code 2."""
+    try:
+        run(tyro.cli(Options, args=arguments))
+    except CarlGymError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False, markup=True)
+        sys.exit(2)
+
+
+def run(options: Options) -> None:
+    """Train with these options and print what came of it."""
+    stored = [read_summary(path) for path in options.compare]
+    console = Console()
+    warnings.showwarning = lambda message, *_: console.print(f"warning: {message}", style="yellow", markup=False)
+    config = TrainConfig(**{name: getattr(options, name) for name in TrainConfig.__dataclass_fields__})
+    from carl_gym.training.trainer import Trainer, score_label  # imports torch, which --help should not wait for
+
+    trainer = Trainer(config)
+    console.print(
+        f"[bold]{config.algorithm}[/] trains agent [bold]{config.agent}[/] on {trainer.task.source}; "
+        f"evaluation: {len(trainer.eval_questions)} questions of {trainer.eval_task.source}",
+        highlight=False,
+    )
+    if trainer.task.is_mini:
+        console.print(f"[yellow]scores are those of the {score_label(trainer.task)}[/]", highlight=False)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        job = bar.add_task("training", total=config.steps, completed=trainer.progress.step)
+        for metrics in trainer.run():
+            bar.update(job, completed=int(metrics["step"]))
+            console.print(step_line(metrics), highlight=False, soft_wrap=True)
+    console.print(result_table([*stored, trainer.summary()]))
+    console.print(
+        f"checkpoint, metrics and figures: {config.output_dir}\ntracking: {trainer.tracker.ui_command}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def step_line(metrics: Mapping[str, float]) -> str:
+    """One line about a step."""
+    parts = [f"step {int(metrics['step']):4d}  actions {int(metrics['actions_generated']):7,d}"]
+    if "rollout/em" in metrics:
+        seconds = metrics["time/rollout"] + metrics["time/update"]
+        rate = metrics["rollout/actions_generated"] / seconds
+        parts.append(
+            f"EM {metrics['rollout/em']:.3f}  reward {metrics['rollout/reward']:.3f}  trained "
+            f"{int(metrics['rollout/actions_trained']):5,d}  entropy {metrics['rollout/action_entropy']:.3f}  "
+            f"{rate:5,.0f} actions/s"
+        )
+    if "eval/sampled_em" in metrics:
+        parts.append(f"held-out EM {metrics['eval/sampled_em']:.3f} sampled, {metrics['eval/greedy_em']:.3f} greedy")
+    return "  ".join(parts)
+
+
+def read_summary(path: Path) -> dict[str, object]:
+    """A stored result. Raises DataError when it is none."""
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary["after"]["eval/sampled_em"], summary["algorithm"]
+        return dict(summary)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"--compare {path}: not the summary.json of a run with evaluations ({error!r})") from error
+
+
+def result_table(summaries: Sequence[Mapping[str, object]]) -> Table:
+    """Held-out scores before and after training, a column per run, with 95 % bootstrap intervals."""
+    last = summaries[-1]
+    table = Table(
+        title=f"Held-out results on {last['env']} ({last['eval_questions']} questions, {last['eval_source']})"
+    )
+    table.add_column("")
+    for summary in summaries:
+        table.add_column(str(summary["algorithm"]), justify="right")
+
+    def cell(summary: Mapping[str, object], when: str, name: str, low: str = "", high: str = "") -> str:
+        values = summary[when]
+        if not isinstance(values, dict) or name not in values:
+            return "-"
+        interval = f" [{100 * values[low]:.1f}, {100 * values[high]:.1f}]" if low in values else ""
+        return f"{100 * values[name]:.1f}{interval}"
+
+    for label, name, interval in (
+        ("EM sampled", "eval/sampled_em", True),
+        ("EM greedy", "eval/greedy_em", True),
+        ("F1 sampled", "eval/sampled_f1", True),
+        ("invalid actions %", "eval/sampled_invalid", False),
+    ):
+        bounds = (f"{name}_low", f"{name}_high") if interval else ()
+        for when in ("before", "after"):
+            table.add_row(f"{label}, {when}", *(cell(summary, when, name, *bounds) for summary in summaries))
+    table.add_row("actions generated", *(f"{summary['actions_generated']:,}" for summary in summaries))
+    table.add_row("actions trained on", *(f"{summary['actions_trained']:,}" for summary in summaries))
+    table.add_row("minutes of training", *(f"{float(str(summary['seconds'])) / 60:.1f}" for summary in summaries))
+    return table

@@ -1,0 +1,142 @@
+"""Everything that a training run can be told, and what a run folder remembers of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from carl_gym.algorithms import Algorithm, get_algorithm
+from carl_gym.errors import ConfigError
+
+CONFIG_FILE = "config.json"
+MAY_CHANGE = ("resume", "threads", "tracking_uri")
+"""Settings that a resumed run may give anew: they do not change what it computes."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    algorithm: str = "carl-lite"
+    """What to train with: carl, carl-lite or grpo."""
+    initial: int | None = None
+    """N0, the rollouts from the root, of carl and carl-lite."""
+    forks: int | None = None
+    """N, the forks per question, of carl and carl-lite."""
+    forks_per_round: int | None = None
+    """Forks at once, of carl and carl-lite; 1 is the paper's order."""
+    rollouts: int | None = None
+    """Group size of grpo."""
+    env: str = "carl/MiniWiki-v0"
+    """Environment id."""
+    data_dir: str | None = None
+    """Folder with questions.jsonl and corpus.jsonl, for environments on real data."""
+    agent: str = "tiny"
+    """Agent card, model folder or hub id."""
+    steps: int = 40
+    """Training steps."""
+    max_actions: int | None = None
+    """Stop once this many actions were generated."""
+    questions_per_step: int = 32
+    """Questions, and so rollout trees, per step."""
+    minibatches: int = 2
+    """Optimiser steps per training step, each on its share of the trees."""
+    learning_rate: float = 1e-3
+    """AdamW's, constant."""
+    temperature: float = 1.0
+    """Of sampling in training and in sampled evaluation."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    batch_tokens: int = 16384
+    """Most tokens of a micro-batch in the update."""
+    train_questions: int = 2000
+    """Questions to train on."""
+    eval_questions: int = 500
+    """Held-out questions per evaluation; 0 for none."""
+    eval_every: int = 10
+    """Steps between evaluations; one comes before the first step and one after the last."""
+    save_every: int = 10
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Of all random numbers."""
+    bf16: bool = False
+    """Compute the update in bfloat16; weights and optimiser stay float32."""
+    device: str | None = None
+    """cuda, cpu, ...; a GPU where there is one, by default."""
+    threads: int | None = None
+    """CPU threads of torch."""
+    output_dir: Path = field(default_factory=lambda: Path("runs/carl"))
+    """Where checkpoints, metrics, figures and the summary go."""
+    resume: bool = False
+    """Go on with the run in the output directory."""
+    tracking_uri: str | None = None
+    """MLflow store; by default an SQLite file beside the output directory."""
+    experiment: str = "carl-gym"
+    """MLflow experiment."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "questions_per_step",
+            "minibatches",
+            "batch_tokens",
+            "train_questions",
+            "eval_every",
+            "save_every",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.eval_questions < 0 or self.learning_rate <= 0 or self.temperature <= 0 or self.max_grad_norm <= 0:
+            raise ConfigError(
+                "eval_questions must be >= 0, and learning_rate, temperature and max_grad_norm > 0, not "
+                f"{self.eval_questions}, {self.learning_rate}, {self.temperature}, {self.max_grad_norm}"
+            )
+        if self.minibatches > self.questions_per_step:
+            raise ConfigError(
+                f"{self.minibatches} minibatches need as many questions_per_step, not {self.questions_per_step}"
+            )
+        self.make_algorithm()
+
+    def make_algorithm(self) -> Algorithm:
+        """The algorithm with its settings. Raises ConfigError on a setting that it does not have."""
+        settings = {name: getattr(self, name) for name in ("initial", "forks", "forks_per_round", "rollouts")}
+        return get_algorithm(self.algorithm, **{name: value for name, value in settings.items() if value is not None})
+
+    def as_dict(self) -> dict[str, object]:
+        """JSON values by option."""
+        return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(self).items()}
+
+
+def claim_output_dir(config: TrainConfig) -> None:
+    """Make the output directory this run's own, or make sure that it already is.
+
+    Raises:
+        ConfigError: it holds another run, or there is none to resume, or one with other settings.
+    """
+    path = config.output_dir / CONFIG_FILE
+    if not config.resume:
+        if path.exists() or (config.output_dir.is_dir() and any(config.output_dir.iterdir())):
+            raise ConfigError(
+                f"{config.output_dir} is not empty; pass --resume to go on with the run in it, or another --output-dir"
+            )
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(path, config.as_dict())
+        return
+    if not path.is_file():
+        raise ConfigError(f"{config.output_dir} holds no run to resume ({CONFIG_FILE} is missing); leave out --resume")
+    before, now = json.loads(path.read_text(encoding="utf-8")), config.as_dict()
+    changed = [f"{k}: {before.get(k)} -> {now[k]}" for k in now if k not in MAY_CHANGE and before.get(k) != now[k]]
+    if changed:
+        raise ConfigError(
+            f"the run in {config.output_dir} has other settings ({'; '.join(changed)}); resume with the same ones, or "
+            "start a new run in another --output-dir"
+        )
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,331 @@
+"""The training loop: questions -> trees -> credit -> rows -> optimiser steps -> weights back to the sampler.
+
+The trainer is blind to the algorithm: it runs whatever explorer, credit and selection it is given. Every random
+number is derived from (seed, step, question, trajectory, depth), so a run that was stopped at any point and resumed
+from its last checkpoint does exactly what it would have done.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from carl_gym.agents.agent import Agent, load_agent
+from carl_gym.algorithms import token_weights
+from carl_gym.envs.registration import make_task
+from carl_gym.envs.state import Question
+from carl_gym.envs.task import SearchTask
+from carl_gym.errors import ConfigError
+from carl_gym.rollouts.collector import Timings, collect
+from carl_gym.rollouts.evaluation import Evaluation, evaluate
+from carl_gym.rollouts.tree import RolloutTree
+from carl_gym.tracking.curves import learning_curve
+from carl_gym.tracking.mlflow_tracker import MlflowTracker
+from carl_gym.tracking.tree_figure import draw_tree
+from carl_gym.training.checkpoints import Progress, checkpoints, load_checkpoint, save_checkpoint
+from carl_gym.training.config import TrainConfig, claim_output_dir, write_json
+from carl_gym.training.learner import Learner, UpdateMetrics
+from carl_gym.training.segments import rows, segments
+
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+RUN_FILE = "mlflow_run.json"
+
+
+@dataclass(frozen=True, slots=True)
+class CreditedTree:
+    """A tree with what the algorithm made of it, by node id: advantage, and whether the edge into the node trains."""
+
+    tree: RolloutTree
+    advantages: np.ndarray
+    selected: np.ndarray
+
+
+class Trainer:
+    """One training run. Construct it, then iterate over `run()` to the end.
+
+    Raises:
+        CarlGymError: the configuration, agent, data or output directory cannot be used; nothing was written then.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        self.algorithm = config.make_algorithm()
+        self.task, self.questions, self.eval_task, self.eval_questions = load_data(config)
+        saved = checkpoints(config.output_dir) if config.resume else []
+        self.agent: Agent = load_agent(str(saved[-1]) if saved else config.agent, device=config.device)
+        claim_output_dir(config)
+        self.learner = Learner(
+            self.agent.model,
+            learning_rate=config.learning_rate,
+            temperature=config.temperature,
+            max_grad_norm=config.max_grad_norm,
+            batch_tokens=config.batch_tokens,
+            autocast=torch.bfloat16 if config.bf16 else None,
+        )
+        self.progress = load_checkpoint(saved[-1], self.agent, self.learner) if saved else Progress()
+        self.history = self._kept_history()
+        self.tracker = self._tracker()
+        self.last_tree: CreditedTree | None = None
+
+    def run(self) -> Iterator[dict[str, float]]:
+        """Train to the end of the budget; yields the metrics of every step after logging them.
+
+        Step 0 is the evaluation before training. Leaves metrics, figures, checkpoints and a summary behind.
+        """
+        with self.tracker:
+            if not self.history:
+                yield self._log({"step": 0, **self._evaluate()})
+            while not self._done():
+                metrics = self._train_step(self.progress.step + 1)
+                if self.progress.step % self.config.eval_every == 0 or self._done():
+                    metrics |= self._evaluate()
+                logged = self._log(metrics)
+                if self.progress.step % self.config.save_every == 0 or self._done():
+                    save_checkpoint(
+                        self.config.output_dir, self.progress, self.agent, self.learner, self.tracker.run_id
+                    )
+                yield logged
+            self._finish()
+
+    def _done(self) -> bool:
+        budget = self.config.max_actions
+        spent = budget is not None and self.progress.actions_generated >= budget
+        return spent or self.progress.step >= self.config.steps
+
+    def _train_step(self, step: int) -> dict[str, float]:
+        timings, started = Timings(), time.perf_counter()
+        questions = take_questions(self.questions, step - 1, self.config.questions_per_step, self.config.seed)
+        trees = collect(
+            self.task,
+            self.agent.policy,
+            self.agent.transcript,
+            questions,
+            self.algorithm.explorer,
+            seed=self.config.seed,
+            step=step,
+            temperature=self.config.temperature,
+            timings=timings,
+        )
+        collected = time.perf_counter()
+        credited = [
+            CreditedTree(*parts)
+            for parts in zip(trees, self.algorithm.credit(trees), self.algorithm.selection(trees), strict=True)
+        ]
+        cuts = [len(credited) * i // self.config.minibatches for i in range(self.config.minibatches + 1)]
+        updates = [self._update(credited[start:end]) for start, end in itertools.pairwise(cuts)]
+        self.agent.policy.sync()
+        ended = time.perf_counter()
+        self.last_tree = max(credited, key=lambda c: (np.ptp(c.advantages) > 0, c.tree.question.id))
+        generated = sum(tree.actions_generated for tree in trees)
+        self.progress = Progress(
+            step=step,
+            actions_generated=self.progress.actions_generated + generated,
+            actions_trained=self.progress.actions_trained + sum(int(c.selected.sum()) for c in credited),
+            seconds=self.progress.seconds + ended - started,
+        )
+        return {
+            **asdict(self.progress),
+            **rollout_metrics(self.task, credited),
+            **update_metrics(updates),
+            "time/sample": timings.sample,
+            "time/environment": timings.environment,
+            "time/rollout": collected - started,
+            "time/update": ended - collected,
+        }
+
+    def _update(self, part: Sequence[CreditedTree]) -> UpdateMetrics | None:
+        """One optimiser step on the trees of a minibatch, normalised over them."""
+        trees, selected = [c.tree for c in part], [c.selected for c in part]
+        weights = token_weights(trees, selected, self.algorithm.loss_reduction)
+        batch = [
+            row
+            for credited, weight in zip(part, weights, strict=True)
+            for row in rows(segments(credited.tree, credited.advantages, weight))
+        ]
+        return self.learner.update(batch, self.algorithm.clip_low, self.algorithm.clip_high)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Held-out scores, sampled at the training temperature and greedy."""
+        found: dict[str, float] = {}
+        for name, temperature in (("sampled", self.config.temperature), ("greedy", 0.0)):
+            if self.eval_questions:
+                found |= self._play(temperature).metrics(f"eval/{name}")
+        return found
+
+    def _play(self, temperature: float) -> Evaluation:
+        agent = self.agent
+        return evaluate(
+            self.eval_task,
+            agent.policy,
+            agent.transcript,
+            self.eval_questions,
+            temperature=temperature,
+            seed=self.config.seed,
+        )
+
+    def _log(self, metrics: dict[str, float]) -> dict[str, float]:
+        step = int(metrics["step"])
+        metrics = asdict(self.progress) | metrics
+        self.history.append(metrics)
+        with (self.config.output_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        self.tracker.log_step(step, {name: value for name, value in metrics.items() if name != "step"})
+        return metrics
+
+    def _kept_history(self) -> list[dict[str, float]]:
+        """The metrics of the steps that the checkpoint knows of; later lines are dropped, since they are done again."""
+        path = self.config.output_dir / METRICS_FILE
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        kept = []
+        for line in lines:
+            try:
+                metrics = json.loads(line)
+            except ValueError:  # cut off by a kill in mid-write; whatever follows is later still
+                break
+            if metrics["step"] <= self.progress.step:
+                kept.append(metrics)
+        if lines:
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept), encoding="utf-8")
+            partial.replace(path)
+        return kept
+
+    def _tracker(self) -> MlflowTracker:
+        config, path = self.config, self.config.output_dir / RUN_FILE
+        known = json.loads(path.read_text(encoding="utf-8"))["run_id"] if path.is_file() else None
+        cards = {"env_card": asdict(self.task.card), "agent_card": asdict(self.agent.card) | {"model": config.agent}}
+        options = {k: v for k, v in config.as_dict().items() if k not in ("resume", "threads", "tracking_uri")}
+        tracker = MlflowTracker(
+            config.tracking_uri,
+            config.experiment,
+            output_dir=config.output_dir,
+            params={**options, **cards, "source": self.task.source, "eval_source": self.eval_task.source},
+            run_name=config.output_dir.name,
+            run_id=known,
+        )
+        write_json(path, {"run_id": tracker.run_id, "tracking_uri": tracker.uri})
+        tracker.log_dict({"config": config.as_dict(), **cards}, "config.json")
+        return tracker
+
+    def _finish(self) -> None:
+        """Figures, summary and artifacts."""
+        folder = self.config.output_dir
+        figures = []
+        if self.eval_questions:
+            learning_curve({self.algorithm.name: self.history}, folder / "learning_curve.png")
+            figures.append("learning_curve")
+        if self.last_tree is not None:
+            draw_tree(
+                self.last_tree.tree, self.last_tree.advantages, self.last_tree.selected, folder / "rollout_tree.png"
+            )
+            figures.append("rollout_tree")
+        write_json(folder / SUMMARY_FILE, self.summary())
+        for name in figures:
+            for suffix in (".png", ".svg"):
+                self.tracker.log_artifact(folder / f"{name}{suffix}", "figures")
+        for name in (METRICS_FILE, SUMMARY_FILE):
+            self.tracker.log_artifact(folder / name)
+        if saved := checkpoints(folder):
+            self.tracker.log_artifact(saved[-1], "checkpoint")
+
+    def summary(self) -> dict[str, object]:
+        """What the run was and what came of it."""
+        evaluations = [row for row in self.history if any(name.startswith("eval/") for name in row)]
+        return {
+            "algorithm": self.algorithm.name,
+            "env": score_label(self.task),
+            "source": self.task.source,
+            "eval_source": self.eval_task.source,
+            "seed": self.config.seed,
+            "eval_questions": len(self.eval_questions),
+            **asdict(self.progress),
+            "before": evaluations[0] if evaluations else None,
+            "after": evaluations[-1] if evaluations else None,
+            "config": self.config.as_dict(),
+        }
+
+
+def load_data(config: TrainConfig) -> tuple[SearchTask, list[Question], SearchTask, list[Question]]:
+    """Training task and questions, evaluation task and questions, sharing no question.
+
+    MiniWiki is evaluated on a test world. Other data has one corpus: the evaluation questions are held out of it, by a
+    shuffle that depends on the question ids alone, so every run holds out the same ones.
+    """
+    if config.env.endswith("MiniWiki-v0"):
+        if config.data_dir:
+            raise ConfigError(f"{config.env} generates its data; leave out --data-dir")
+        task = make_task(config.env, split="train", questions=config.train_questions)
+        held_out = make_task(config.env, split="test", questions=max(config.eval_questions, 1))
+        return task, list(task.questions.values()), held_out, list(held_out.questions.values())[: config.eval_questions]
+    task = make_task(config.env, **({"data_dir": config.data_dir} if config.data_dir else {}))
+    ids = sorted(task.questions)
+    order = [task.questions[ids[i]] for i in np.random.default_rng(0).permutation(len(ids))]
+    train = order[config.eval_questions :][: config.train_questions]
+    if not train:
+        raise ConfigError(
+            f"{task.source} has {len(order)} questions, which leaves none to train on with eval_questions="
+            f"{config.eval_questions}; lower it"
+        )
+    return task, train, task, order[: config.eval_questions]
+
+
+def take_questions(questions: Sequence[Question], step: int, count: int, seed: int) -> list[Question]:
+    """The questions of a step: consecutive ones of an endless stream of reshuffled epochs."""
+    chosen = []
+    for position in range(step * count, (step + 1) * count):
+        epoch, offset = divmod(position, len(questions))
+        chosen.append(questions[int(np.random.default_rng([seed, epoch]).permutation(len(questions))[offset])])
+    return chosen
+
+
+def score_label(task: SearchTask) -> str:
+    """The name that scores may be reported under: never the data set's for the mini set."""
+    return f"mini set in place of {task.card.id}" if task.is_mini else task.card.id
+
+
+def rollout_metrics(task: SearchTask, credited: Sequence[CreditedTree]) -> dict[str, float]:
+    """What was sampled in a step. Scores are means over trajectories, forks included."""
+    trees = [c.tree for c in credited]
+    leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves()]
+    infos = [task.info(leaf.state) for _, leaf in leaves]
+    actions = [node for tree in trees for node in tree.nodes if node.action is not None]
+    generated = len(actions)
+    return {
+        "rollout/reward": float(np.mean([tree.trajectory_return(leaf.id) for tree, leaf in leaves])),
+        "rollout/em": float(np.mean([info["em"] for info in infos])),
+        "rollout/f1": float(np.mean([info["f1"] for info in infos])),
+        "rollout/turns": float(np.mean([info["turns"] for info in infos])),
+        "rollout/invalid": sum(not node.state.turns[-1].action.valid for node in actions) / generated,
+        "rollout/truncated": float(np.mean([leaf.truncated for _, leaf in leaves])),
+        "rollout/trajectories": float(len(leaves)),
+        "rollout/actions_generated": float(generated),
+        "rollout/actions_trained": float(sum(int(c.selected.sum()) for c in credited)),
+        "rollout/actions_with_advantage": float(sum(int((c.selected & (c.advantages != 0)).sum()) for c in credited)),
+        "rollout/tokens": float(sum(len(node.action.token_ids) for node in actions if node.action)),
+        "rollout/action_entropy": float(
+            np.mean([tree.h(node.id) for tree in trees for node in tree.nodes if node.action])
+        ),
+    }
+
+
+def update_metrics(updates: Sequence[UpdateMetrics | None]) -> dict[str, float]:
+    """Means over the optimiser steps of a training step; minibatches with nothing to train are counted as skipped."""
+    done = [update for update in updates if update is not None]
+    found = {"update/skipped": float(len(updates) - len(done))}
+    if done:
+        # Only the first minibatch is scored by the weights that sampled: there the gap is sampler against learner.
+        found["update/logprob_gap"] = done[0].gap
+        for name in ("loss", "clip_fraction", "entropy", "grad_norm"):
+            found[f"update/{name}"] = float(np.mean([getattr(update, name) for update in done]))
+        found["update/tokens"] = float(sum(update.tokens for update in done))
+    return found
