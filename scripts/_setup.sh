@@ -16,11 +16,13 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
     fi
     . .venv/bin/activate
 fi
+export PATH="$VIRTUAL_ENV/bin:$PATH"
 
 # The stamp holds what was installed from where: another checkout or a changed pyproject.toml installs again.
 stamp="$VIRTUAL_ENV/.carl-gym-setup"
 wanted="$(pwd) $(cksum <pyproject.toml) $(cksum <scripts/_setup.sh)"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    python -m pip --version >/dev/null 2>&1 || python -m ensurepip # uv makes environments without pip
     if ! python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; then
         echo "setup: installing torch"
         python -m pip install --quiet torch==2.13.0

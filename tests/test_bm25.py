@@ -51,10 +51,12 @@ def test_only_passages_that_share_a_word_are_found(animals: Corpus) -> None:
 
 
 def test_ties_keep_the_corpus_order_for_every_k() -> None:
-    corpus = Corpus(Passage(f"p{i:03d}", f"Page {i}", "same words here" if i % 3 else "other text") for i in range(100))
+    """Two groups of equal scores, mixed in the corpus: many enough for an unstable sort to show."""
+    texts = ("same same words", "other words here", "same words here")
+    corpus = Corpus(Passage(f"p{i:04d}", f"Page {i}", texts[i % 3]) for i in range(3000))
     retriever = BM25(corpus, cache=False)
-    expected = [f"p{i:03d}" for i in range(100) if i % 3]
-    for k in (1, 7, 66, 67, 100, 500):
+    expected = [f"p{i:04d}" for group in (0, 2) for i in range(3000) if i % 3 == group]
+    for k in (1, 7, 999, 1000, 1001, 1999, 2000, 2001, 5000):
         assert [hit.passage_id for hit in retriever.search(["same"], k)[0]] == expected[:k]
 
 

@@ -90,7 +90,7 @@ def test_a_users_card_becomes_an_environment(tmp_path: Path) -> None:
     [
         ({"topk": 3}, r"carl/MiniWiki-v0: unknown argument 'topk' \(did you mean 'top_k'\?\); arguments: hops, index"),
         ({"top_k": "3"}, r"top_k = '3' \(str\); expected a whole number"),
-        ({"id": "x"}, "unknown argument 'id'"),
+        ({"description": "x"}, "unknown argument 'description'"),
         ({"data_dir": "x"}, "unknown argument 'data_dir'"),
     ],
 )
@@ -142,7 +142,7 @@ def test_lists_and_tables_are_checked_item_by_item() -> None:
     assert make_card(Whole, {"part": {"names": ["a"], "rate": 1}}, "x") == Whole(Part(("a",), 1.0))
     with pytest.raises(CardError, match=r"x, \[part\]: names = 3 \(int\); expected a text"):
         make_card(Whole, {"part": {"names": ["a", 3]}}, "x")
-    with pytest.raises(CardError, match="part = 'a'.*expected a table"):
+    with pytest.raises(CardError, match=r"part = 'a'.*expected a table"):
         make_card(Whole, {"part": "a"}, "x")
 
 
@@ -176,5 +176,12 @@ import gymnasium, sys
 assert carl_gym.__file__.startswith(sys.argv[1]), carl_gym.__file__
 print(gymnasium.make("carl/MiniWiki-v0", questions=5).unwrapped.source)
 """
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        check=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     assert run.stdout.startswith("MiniWiki world 0")

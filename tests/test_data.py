@@ -54,9 +54,7 @@ def write_folder(folder: Path, questions: list[Any], passages: list[Any]) -> Pat
 
 def check_mapping(loaded: data.Data) -> None:
     assert loaded.questions == (
-        Question(
-            RECORDS[0]["id"], RECORDS[0]["question"], ("no",), ("North Bridge", "South Bridge"), "comparison"
-        ),
+        Question(RECORDS[0]["id"], RECORDS[0]["question"], ("no",), ("North Bridge", "South Bridge"), "comparison"),
         Question(RECORDS[1]["id"], RECORDS[1]["question"], ("Ystad",), ("North Bridge",), "bridge"),
     )
     assert loaded.corpus.passages == (
@@ -145,9 +143,7 @@ def test_data_dir_comes_first_then_the_environment_variable(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("root", [None, "elsewhere"])
-def test_the_mini_set_comes_last_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str | None
-) -> None:
+def test_the_mini_set_comes_last_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str | None) -> None:
     monkeypatch.delenv("CARL_GYM_DATA", raising=False)
     if root:
         monkeypatch.setenv("CARL_GYM_DATA", str(tmp_path / root))
@@ -194,6 +190,13 @@ def test_a_folder_without_questions_or_passages_is_refused(tmp_path: Path) -> No
         data.load_folder(write_folder(tmp_path / "a", [], [PASSAGE]), "x")
     with pytest.raises(DataError, match="the corpus is empty"):
         data.load_folder(write_folder(tmp_path / "b", [QUESTION], []), "x")
+
+
+def test_a_folder_has_no_splits(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"split='train': .* has no splits"):
+        data.load_named("hotpotqa", data_dir=write_folder(tmp_path, [QUESTION], [PASSAGE]), split="train")
+    with pytest.raises(DataError, match="the splits with answers are 'train' and 'validation'"):
+        data.load_hub(*data.HUB["hotpotqa"], "test")
 
 
 def test_an_answer_may_be_a_single_text(tmp_path: Path) -> None:

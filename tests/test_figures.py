@@ -139,6 +139,26 @@ def test_a_tree_without_credit_has_no_signs(tmp_path):
     assert lines(source, BLUE) == lines(source, VERMILLION) == 0
 
 
+def test_any_text_that_an_agent_writes_can_be_drawn(tmp_path, recwarn):
+    tree = small_tree()
+    for text in (
+        "two\nlines\t& $x_1$",
+        "nul \0 escape \x1b",
+        "lone \ud800 surrogate",
+        "日本語 🦊 ابن",
+        "<svg> & ]]>",
+    ):
+        act(tree, 2, ParsedAction("search", text), trajectory=tree.trajectories)
+    draw_tree(tree, None, None, tmp_path / "tree")
+    texts = svg(tmp_path / "tree")[0]
+    assert {
+        "search: two lines & $x_1$",
+        "search: nul \N{REPLACEMENT CHARACTER} escape \N{REPLACEMENT CHARACTER}",
+    } <= set(texts)
+    assert {"search: 日本語 🦊 ابن", "search: <svg> & ]]>"} <= set(texts)
+    assert not list(recwarn)
+
+
 def test_a_lone_root_can_be_drawn(tmp_path):
     tree = RolloutTree(QUESTION, 0)
     tree.add_root(EnvState("q"), (1,))

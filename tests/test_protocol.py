@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carl_gym.envs.protocol import INVALID_HINTS, STOP_STRINGS, escape, parse
+from carl_gym.envs.protocol import INVALID_HINTS, STOP_STRINGS, TOOLS, escape, parse
 from carl_gym.envs.state import MAX_ARGUMENT_CHARS, ParsedAction
 
 PIECES = [
@@ -55,20 +55,22 @@ def test_every_text_parses_to_an_action_or_a_known_code(text: str) -> None:
         assert action.argument == ""
 
 
+@given(st.sampled_from(TOOLS), markup.filter(lambda text: "</" not in text), markup)
+def test_stopping_at_a_stop_string_keeps_the_action(tool: str, argument: str, rest: str) -> None:
+    """What a sampler cuts off behind the first stop string could not have changed the action."""
+    text = f"<{tool}>{argument}</{tool}>{rest}"
+    end = min(text.find(stop) + len(stop) for stop in STOP_STRINGS if stop in text)
+    if parse(text[:end]).code in ("ok", "empty_argument", "too_long"):
+        assert parse(text[:end]) == parse(text)
+    else:  # an opening tag in the argument took over
+        assert parse(text[:end]).code in ("unclosed", "unclosed_think")
+
+
 @given(markup, markup)
 def test_nothing_after_the_first_complete_action_changes_it(text: str, rest: str) -> None:
     action = parse(text)
     if action.valid or action.code in ("empty_argument", "too_long"):
         assert parse(text + rest) == action
-
-
-@given(markup)
-def test_sampling_that_stops_at_a_stop_string_loses_no_action(text: str) -> None:
-    """Cut after the first stop string, as a sampler does, unless a thought or a stray tag held it."""
-    ends = [text.find(stop) + len(stop) for stop in STOP_STRINGS if stop in text]
-    if ends and "<think>" not in text and parse(text[: min(ends)]).code != "no_action":
-        cut = parse(text[: min(ends)])
-        assert cut == parse(text) or cut.code == "unclosed"
 
 
 @given(markup)

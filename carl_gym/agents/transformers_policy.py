@@ -15,7 +15,7 @@ from carl_gym.agents.logprob_model import LogprobModel
 from carl_gym.agents.policy import Completion, FinishReason, SampleRequest
 from carl_gym.errors import PolicyError
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 def uniforms(seeds: np.ndarray, index: int) -> np.ndarray:
@@ -27,7 +27,7 @@ def uniforms(seeds: np.ndarray, index: int) -> np.ndarray:
         seeds: (n,) uint64.
         index: position in the streams.
     """
-    x = seeds + _GOLDEN * np.uint64(index + 1)
+    x = seeds + np.uint64(_GOLDEN * (index + 1) % 2**64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53

@@ -59,29 +59,29 @@ def load_miniwiki(*, world: int = 0, split: str = "train", questions: int = 600,
     return Data(generated.questions, Corpus(generated.passages, source), source)
 
 
-def load_named(name: str, *, data_dir: str | Path | None = None, split: str = "validation") -> Data:
+def load_named(name: str, *, data_dir: str | Path | None = None, split: str | None = None) -> Data:
     """Load a named data set from the first place that has it.
 
     Args:
         name: such as `hotpotqa`.
         data_dir: a folder with questions.jsonl and corpus.jsonl; nothing else is tried.
-        split: which split to take from the hub: `validation` or `train`. Folders have no splits.
+        split: which split to take from the hub: `validation` (the default) or `train`. Folders have no splits.
 
     Raises:
-        DataError: the data is malformed, or no place has it.
+        DataError: the data is malformed, no place has it, or a split is asked of a folder.
     """
     if data_dir is not None:
-        return load_folder(Path(data_dir), name)
+        return load_folder(Path(data_dir), name, split)
     reasons = []
     if root := os.environ.get("CARL_GYM_DATA"):
         folder = Path(root) / name
         if folder.is_dir():
-            return load_folder(folder, name)
+            return load_folder(folder, name, split)
         reasons.append(f"CARL_GYM_DATA has no folder {folder}")
     else:
         reasons.append("CARL_GYM_DATA is not set")
     if name in HUB:
-        found = load_hub(*HUB[name], split)
+        found = load_hub(*HUB[name], split or "validation")
         if isinstance(found, Data):
             return found
         reasons.append(found)
@@ -89,7 +89,7 @@ def load_named(name: str, *, data_dir: str | Path | None = None, split: str = "v
     mini = PACKAGE / "data" / f"mini_{name}"
     if not mini.is_dir():
         raise DataError(f"no data for {name!r} ({'; '.join(reasons)}); {how}")
-    data = load_folder(mini, name)
+    data = load_folder(mini, name, split)
     source = f"mini set ({len(data.questions)} questions, {len(data.corpus)} passages)"
     warnings.warn(
         f"using the {source} instead of {name}: {'; '.join(reasons)}. Scores on it are not {name} scores. "
@@ -99,8 +99,10 @@ def load_named(name: str, *, data_dir: str | Path | None = None, split: str = "v
     return Data(data.questions, data.corpus, source, is_mini=True)
 
 
-def load_folder(folder: Path, name: str) -> Data:
+def load_folder(folder: Path, name: str, split: str | None = None) -> Data:
     """Read questions.jsonl and corpus.jsonl (plain or .gz). Raises DataError naming file, line and key."""
+    if split is not None:
+        raise DataError(f"split={split!r}: {folder} has no splits; leave split out, or make a folder per split")
     corpus = Corpus.load(_find(folder, "corpus.jsonl"))
     questions = tuple(read_questions(_find(folder, "questions.jsonl")))
     return Data(questions, corpus, f"{name}:{folder} ({len(questions)} questions, {len(corpus)} passages)")

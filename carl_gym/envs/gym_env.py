@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium as gym
 
 from carl_gym.envs.spaces import ActionSpace, TextSpace
-from carl_gym.envs.state import EnvState
+from carl_gym.envs.state import EnvState, Question
 from carl_gym.envs.task import SearchTask
 from carl_gym.errors import ConfigError, StateError
 
@@ -104,7 +104,12 @@ class SearchEnv(gym.Env[str, str]):
             state = EnvState.from_json(state)
         elif not isinstance(state, EnvState):
             raise StateError(f"a state is an EnvState or its JSON text, not {type(state).__name__}")
-        self._state = self.task.validate(state)
+        try:
+            self._state = self.task.validate(state)
+        except TypeError as error:
+            raise StateError(
+                f"not a carl_gym state: {error}; pass a state exactly as an environment gave it"
+            ) from error
 
     def fork(self, n: int) -> list[SearchEnv]:
         """`n` new environments at this state; they share questions, passages and index, and nothing that changes."""
@@ -159,8 +164,8 @@ class SearchEnv(gym.Env[str, str]):
             dict(task.info(state)),
         )
 
-    def _question(self, question_id: object) -> Any:
-        if question_id not in self.task.questions:
+    def _question(self, question_id: object) -> Question:
+        if not isinstance(question_id, str) or question_id not in self.task.questions:
             close = difflib.get_close_matches(str(question_id), self._question_ids, n=1)
             raise ConfigError(
                 f"reset: {self.source} has no question {question_id!r}"

@@ -114,7 +114,9 @@ def _record(path: Path, line_number: int, line: bytes) -> dict[str, object]:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: invalid UTF-8 at byte {error.start} of the line (from 0); save the file as UTF-8") from error
+        raise DataError(
+            f"{where}: invalid UTF-8 at byte {error.start} of the line (from 0); save the file as UTF-8"
+        ) from error
     except ValueError as error:
         raise DataError(f"{where}: not valid JSON ({error}); expected one JSON object per line") from error
     if not isinstance(record, dict):

@@ -211,7 +211,7 @@ def git_tags(package: Path = PACKAGE) -> dict[str, str]:
     # An installed package can lie inside somebody else's repository, whose revision says nothing about it.
     if git("ls-files", "--error-unmatch", "errors.py") is None:
         return {}
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", "..")
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     if commit is None or changes is None:
         return {}
     return {"mlflow.source.git.commit": commit, "mlflow.source.git.dirty": str(bool(changes)).lower()}

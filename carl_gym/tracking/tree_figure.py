@@ -43,7 +43,7 @@ def draw_tree(tree: RolloutTree, advantages: np.ndarray | None, selected: np.nda
     rows = lanes(tree)
     columns = max(node.depth for node in tree.nodes)
     width = max(LEFT + COLUMN * columns + RIGHT, MIN_WIDTH)
-    question = textwrap.wrap(tree.question.text, int(width * 13))
+    question = textwrap.wrap(printable(tree.question.text), int(width * 13))
     top = TOP + TITLE_LINE * (len(question) + 1)
     height = top + LANE * (len(rows) - 1) + BOTTOM
     with figure(path, width, height) as canvas:
@@ -60,7 +60,7 @@ def draw_tree(tree: RolloutTree, advantages: np.ndarray | None, selected: np.nda
 
         trained = "" if selected is None else f", {int(np.sum(selected))} trained"
         counts = f"{tree.trajectories} trajectories, {tree.actions_generated} actions generated{trained}"
-        facts = f"gold answer: {' or '.join(tree.question.answers)}   ·   {counts}"
+        facts = f"gold answer: {printable(' or '.join(tree.question.answers))}   ·   {counts}"
         x, y = 0.12 / width, 1 - 0.12 / height
         canvas.text(x, y, "\n".join(question), va="top", fontsize=8.5, fontweight="bold", linespacing=1.3)
         canvas.text(x, y - TITLE_LINE * len(question) / height, facts, va="top", fontsize=8, color=GREY)
@@ -87,8 +87,13 @@ def lanes(tree: RolloutTree) -> dict[int, int]:
 def label(node: Node) -> str:
     """The action into a node as "kind: argument", cut to fit into a column."""
     action = node.state.turns[-1].action
-    text = f"{action.kind}: {action.argument}" if action.valid else f"invalid: {action.code}"
+    text = printable(f"{action.kind}: {action.argument}" if action.valid else f"invalid: {action.code}")
     return text if len(text) <= LABEL_CHARS else text[: LABEL_CHARS - 1].rstrip() + "…"
+
+
+def printable(text: str) -> str:
+    """One line of text that an SVG file may hold: agents also write line breaks and control characters."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(text.split()))
 
 
 def _draw_starts(axes: Axes, tree: RolloutTree, rows: dict[int, int]) -> None:
