@@ -98,7 +98,7 @@ def generate(
         seed: which world of the split.
         split: `test` worlds share no fact with `train` worlds and use phrasings of their own.
         questions: how many; all different.
-        hops: the possible numbers of hops, each equally likely.
+        hops: the possible numbers of hops; one that stands twice is twice as likely.
         ambiguity: chance that a new entity takes the name of an older one of another kind.
         distractors: pages without useful facts under near-duplicate titles, as a share of the entity pages.
         noise: share of pages with a boilerplate sentence and a cut-off second copy, as crawled text has.
