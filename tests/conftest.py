@@ -1,7 +1,10 @@
 """Fixtures that several test files share."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,6 +15,9 @@ from carl_gym.envs.cards import EnvCard, load_card
 from carl_gym.envs.state import Passage, Question
 from carl_gym.envs.task import SearchTask
 from carl_gym.retrieval import BM25, Corpus
+
+if TYPE_CHECKING:
+    from carl_gym.agents.agent import Agent
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,3 +56,45 @@ def small_task() -> SearchTask:
     ]  # fmt: skip
     card = load_card("envs", "HotpotQA-v0", EnvCard, {"turns": 3, "top_k": 2, "snippet_chars": 24})
     return SearchTask(questions, corpus, BM25(corpus, cache=False), card, "six passages")
+
+
+@pytest.fixture(scope="session")
+def tiny_agent_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An agent that barely learned the format, made in seconds: some of its actions are valid, so rewards differ."""
+    from carl_gym.agents.agent import Agent, AgentCard
+    from carl_gym.agents.transcript import InlineTranscript
+    from carl_gym.agents.transformers_policy import TransformersPolicy
+    from carl_gym.envs.protocol import STOP_STRINGS
+    from carl_gym.training.warm_start import (
+        WarmStartConfig,
+        build_model,
+        build_tokenizer,
+        encode,
+        general_prose,
+        make_traces,
+        train,
+    )
+
+    config = WarmStartConfig(
+        worlds=1, traces_per_world=300, epochs=3, batch_tokens=2048, hops=(2,), merges=50,
+        hidden=32, layers=2, heads=2, intermediate=64, matrix_learning_rate=0.05, learning_rate=1e-2,
+    )  # fmt: skip
+    (traces,) = make_traces(config)
+    texts = [text for trace in traces for text in (*trace.observations, *trace.actions)]
+    tokenizer = build_tokenizer(texts, general_prose()[:60], config.merges)
+    model = build_model(config, tokenizer)
+    card = AgentCard("test", "for tests", ".", "Question: {observation}\n", "\n{observation}\n", 24, 1024)
+    transcript = InlineTranscript(tokenizer, card.prompt, card.observation, card.max_tokens, card.context)
+    train(model, encode(traces, transcript, config.observation_weight), config, lambda *_: None)
+    folder = tmp_path_factory.mktemp("agents") / "test"
+    folder.mkdir()
+    Agent(card, TransformersPolicy(model, tokenizer, STOP_STRINGS), transcript).save(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_agent(tiny_agent_folder: Path) -> Agent:
+    """That agent, freshly loaded on the CPU: a test may change its weights."""
+    from carl_gym.agents.agent import load_agent
+
+    return load_agent(str(tiny_agent_folder), device="cpu")

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from carl_gym.agents.transcript import InlineTranscript
@@ -96,13 +98,25 @@ def load_agent(name: str, *, device: str | None = None, dtype: torch.dtype = tor
     card, source = _resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise PolicyError(
             f"agent {name!r}: no usable model at {source!r} ({error}). Give the name of a card in agents/ "
             f"({', '.join(list_cards('agents'))}), a folder with config.json, weights and tokenizer, or a hub id"
         ) from error
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if report["missing_keys"]:  # transformers fills them with random numbers
+        missing = sorted(report["missing_keys"])
+        raise PolicyError(
+            f"agent {name!r}: the weights at {source!r} lack {len(missing)} tensors that its config.json asks for, "
+            f"such as {missing[0]}; weights and config.json do not belong together"
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # unknown, not built in, out of memory
+        raise PolicyError(f"agent {name!r} cannot go to device {device!r}: {error}; try cpu") from error
     prompt = card.prompt or _chat_prompt(tokenizer, name)
     context = min(card.context or 10**9, int(model.config.max_position_embeddings))
     transcript = InlineTranscript(tokenizer, prompt, card.observation, min(card.max_tokens, context), context)
@@ -112,12 +126,12 @@ def load_agent(name: str, *, device: str | None = None, dtype: torch.dtype = tor
 def _resolve(name: str) -> tuple[AgentCard, str]:
     """The card and where its model is."""
     folder = Path(name)
-    if folder.is_dir() and not (folder / CARD_FILE).is_file():
-        return make_card(AgentCard, {"id": folder.name, "description": "", "model": name}, name), name
-    if folder.is_dir():
-        path = folder / CARD_FILE
-    elif name.endswith(".toml") or name in list_cards("agents"):
+    if name.endswith(".toml") or name in list_cards("agents"):  # a folder of that name is ./name
         path = find_card("agents", name)
+    elif folder.is_dir() and not (folder / CARD_FILE).is_file():
+        return make_card(AgentCard, {"id": folder.name, "description": "", "model": name}, name), name
+    elif folder.is_dir():
+        path = folder / CARD_FILE
     else:
         return make_card(AgentCard, {"id": name, "description": "", "model": name}, name), name
     card = load_card("agents", path, AgentCard)
@@ -130,10 +144,13 @@ def _chat_prompt(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
     if not tokenizer.chat_template:
         raise PolicyError(
             f"agent {name!r}: its tokenizer has no chat template and there is no {CARD_FILE}, so nothing says how a "
-            f"prompt looks. Write a {CARD_FILE} with `prompt` and `observation` into the model folder (see agents/)"
+            f"prompt looks. Write an {CARD_FILE} with `prompt` and `observation` into the model folder (see agents/)"
         )
     messages = [{"role": "user", "content": INSTRUCTION}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        raise PolicyError(f"agent {name!r}: its chat template fails on one user message: {error}") from error
 
 
 def _toml(value: str | int) -> str:

@@ -149,6 +149,13 @@ class RandomValidPolicy(ScriptedPolicy):
         return list(dict.fromkeys(_tool(tool, argument) for tool, argument in pairs))
 
 
+SCRIPTED: dict[str, type[ScriptedPolicy]] = {
+    "oracle": OraclePolicy,
+    "heuristic": HeuristicPolicy,
+    "random": RandomValidPolicy,
+}
+"""By the name that command lines know them under."""
+
 _NAME = re.compile(r"\d[\d,.]*\d|\d|[A-Z][\w'\u2019-]*(?:\s+(?:(?:of|the|and|de)\s+)?[A-Z][\w'\u2019-]*)*")
 _CLOSED_QUESTION = re.compile(r"\s*(is|are|was|were|do|does|did|has|have|had|can|could)\b", re.IGNORECASE)
 

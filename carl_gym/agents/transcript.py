@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from carl_gym.envs.protocol import TAGS
+from carl_gym.errors import PolicyError
+
+PLACEHOLDER = "{observation}"
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,9 @@ class InlineTranscript:
         observation_template: text between two actions, with `{observation}`.
         max_tokens: longest action, in tokens.
         context: longest prefix plus action that the policy takes, in tokens.
+
+    Raises:
+        PolicyError: a template without the placeholder; the agent would never see what it should act on.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -33,7 +39,11 @@ class InlineTranscript:
     _control: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        control = {str(token) for token in self.tokenizer.get_added_vocab()} - set(TAGS)
+        for name, template in (("prompt", self.prompt_template), ("observation", self.observation_template)):
+            if PLACEHOLDER not in template:
+                raise PolicyError(f"the {name} template {template!r} has no {PLACEHOLDER}: say where the text goes")
+        added = {str(token) for token in self.tokenizer.get_added_vocab()} - set(TAGS)
+        control = {token for token in added if len(token) > 1 and not token.isspace()}
         object.__setattr__(self, "_control", tuple(sorted(control, key=len, reverse=True)))
 
     def prompt(self, observation: str) -> tuple[int, ...]:
@@ -47,6 +57,7 @@ class InlineTranscript:
     def _encode(self, template: str, text: str) -> tuple[int, ...]:
         # The environment escapes tags and `<|…|>`; models also have control tokens of other shapes ("[INST]", "</s>").
         for token in self._control:
-            text = text.replace(token, token[0] + "\u200b" + token[1:])
-        rendered = template.replace("{observation}", text)
+            while token in text:  # a token that overlaps itself can survive the first time
+                text = text.replace(token, token[0] + "\u200b" + token[1:])
+        rendered = template.replace(PLACEHOLDER, text)
         return tuple(self.tokenizer.encode(rendered, add_special_tokens=False))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,14 +38,15 @@ def uniforms(seeds: np.ndarray, index: int) -> np.ndarray:
 class _SlotCache(Cache):
     """Keys and values of a batch, one row per slot, each row at its own length.
 
-    `kv` has shape (layers, 2, rows, length, heads, head_dim). The caller sets where the next `update` writes and
-    how many positions it returns; what a row must not see is masked by the caller.
+    `kv`, the used rows of `buffer`, has shape (layers, 2, rows, length, heads, head_dim). The caller sets where the next
+    `update` writes and how many positions it returns; what a row must not see is masked by the caller.
     """
 
-    def __init__(self, kv: torch.Tensor) -> None:
+    def __init__(self, buffer: torch.Tensor, rows: int) -> None:
         super().__init__(layers=[])
-        self.kv = kv
-        self.rows = torch.arange(kv.shape[2], device=kv.device).unsqueeze(1)
+        self.buffer = buffer
+        self.kv = buffer[:, :, :rows]
+        self.rows = torch.arange(rows, device=buffer.device).unsqueeze(1)
         self.positions = self.rows
         self.visible = 0
 
@@ -56,8 +59,9 @@ class _SlotCache(Cache):
         return keys[:, : self.visible].transpose(1, 2), values[:, : self.visible].transpose(1, 2)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Keep only these rows, in this order (repeats allowed)."""
-        self.kv = self.kv[:, :, rows]
+        """Keep only these rows, in this order (repeats allowed, if the buffer has so many rows)."""
+        self.kv = self.buffer[:, :, : len(rows)]
+        self.kv[:, :, :, : self.visible] = self.buffer[:, :, rows, : self.visible]
         self.rows = torch.arange(len(rows), device=self.kv.device).unsqueeze(1)
 
 
@@ -81,6 +85,9 @@ class TransformersPolicy:
         stop: an action ends when its text contains one of these.
         max_batch: most requests that are decoded together.
         cache_bytes: bound of the prefix cache.
+
+    Raises:
+        PolicyError: a model with sliding-window, linear or other attention that does not see the whole prefix.
     """
 
     def __init__(
@@ -89,14 +96,21 @@ class TransformersPolicy:
         tokenizer: PreTrainedTokenizerBase,
         stop: Sequence[str],
         *,
-        max_batch: int = 256,
+        max_batch: int = 96,
         cache_bytes: int = 1 << 29,
     ) -> None:
+        layer_types = set(getattr(model.config, "layer_types", None) or [])
+        if layer_types - {"full_attention"} or (not layer_types and getattr(model.config, "sliding_window", None)):
+            raise PolicyError(
+                f"{type(model).__name__} has layers that do not attend to the whole prefix "
+                f"({', '.join(sorted(layer_types)) or 'a sliding window'}); use one with full attention in every layer"
+            )
         self.model, self.tokenizer, self.stop = model, tokenizer, tuple(stop)
         self.version = 0
         self.max_batch = max_batch
         self.context = int(model.config.max_position_embeddings)
         self._cache = PrefixCache(cache_bytes)
+        self._memory = torch.empty(0)
         self._scorer = LogprobModel(model)
         self._eos = _eos_ids(model, tokenizer)
         # Only a token with a stop string's last character can complete one; this look-up spares decoding.
@@ -109,9 +123,13 @@ class TransformersPolicy:
         """Sample one completion per request, in order.
 
         Raises:
-            PolicyError: an empty or too long prefix, or a log-prob that is not finite.
+            PolicyError: an empty or too long prefix, a temperature below 0, or a log-prob that is not finite.
         """
         for request in requests:
+            if not 0 <= request.temperature < float("inf"):
+                raise PolicyError(
+                    f"a sample request's temperature is {request.temperature}; it must be 0 (greedy) or more"
+                )
             if not request.prefix or request.max_tokens < 1:
                 raise PolicyError("a sample request needs a prefix of at least one token and max_tokens >= 1")
             if len(request.prefix) + request.max_tokens > self.context:
@@ -119,25 +137,33 @@ class TransformersPolicy:
                     f"prefix ({len(request.prefix)} tokens) and max_tokens ({request.max_tokens}) exceed the model's "
                     f"context of {self.context}; lower max_tokens or end the trajectory"
                 )
-        was_training = self.model.training
-        self.model.eval()
         slots = [_Slot(request) for request in requests]
         # Rows of similar length share a batch, which keeps padding small; results go back in request order.
         order = sorted(range(len(slots)), key=lambda i: len(slots[i].request.prefix))
-        for start in range(0, len(order), self.max_batch):
-            self._serve([slots[i] for i in order[start : start + self.max_batch]])
+        with _evaluation_mode(self.model):
+            for start in range(0, len(order), self.max_batch):
+                self._serve([slots[i] for i in order[start : start + self.max_batch]])
         self._cache.shrink()
-        self.model.train(was_training)
         return [self._completion(slot) for slot in slots]
 
     @torch.inference_mode()
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Log-probs (temperature 1) of each continuation's tokens after its prefix, by a full forward pass."""
+        """Log-probs (temperature 1) of each continuation's tokens after its prefix, by a full forward pass.
+
+        Raises:
+            PolicyError: an empty prefix, or a sequence longer than the model's context.
+        """
         scores = []
-        for prefix, continuation in zip(prefixes, continuations, strict=True):
-            ids = torch.tensor([[*prefix, *continuation]], device=self.model.device)
-            columns = torch.arange(len(prefix), ids.shape[1], device=ids.device)
-            scores.append(self._scorer(ids, torch.zeros_like(columns), columns)[0].cpu().numpy())
+        with _evaluation_mode(self.model):
+            for prefix, continuation in zip(prefixes, continuations, strict=True):
+                if not prefix or len(prefix) + len(continuation) > self.context:
+                    raise PolicyError(
+                        f"cannot score {len(continuation)} tokens after a prefix of {len(prefix)}: the prefix needs at "
+                        f"least one token and the model's context is {self.context}"
+                    )
+                ids = torch.tensor([[*prefix, *continuation]], device=self.model.device)
+                columns = torch.arange(len(prefix), ids.shape[1], device=ids.device)
+                scores.append(self._scorer(ids, torch.zeros_like(columns), columns)[0].cpu().numpy())
         return scores
 
     def sync(self, weights: Mapping[str, object] | None = None) -> None:
@@ -146,6 +172,7 @@ class TransformersPolicy:
             self.model.load_state_dict(weights)
         self.version += 1
         self._cache.clear()
+        self._memory = torch.empty(0)  # weights that were not finite may have left such values in it
 
     def _serve(self, slots: list[_Slot]) -> None:
         """Prefill and decode one batch to the end."""
@@ -186,10 +213,11 @@ class TransformersPolicy:
         prefixes = list(unique)
         lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)
         room = int(lengths.max()) + max(slot.request.max_tokens for slot in slots) + 1
-        heads = config.num_key_value_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, 2, len(prefixes), room, heads, head_dim)
-        cache = _SlotCache(torch.zeros(shape, dtype=self.model.dtype, device=device))
+        cache = _SlotCache(
+            self._buffer((config.num_hidden_layers, 2, len(slots), room, heads, head_dim)), len(prefixes)
+        )
         starts = []
         for row, prefix in enumerate(prefixes):
             cached, pieces = self._cache.find(prefix[:-1])
@@ -211,6 +239,16 @@ class TransformersPolicy:
             cache.keep(rows)
             lengths, logits = lengths[rows], logits[rows]
         return cache, lengths, logits
+
+    def _buffer(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Memory for a batch's keys and values, reused from batch to batch: fresh pages cost more than the arithmetic.
+
+        What an earlier batch left in it is finite, so a masked position weighs exactly 0.
+        """
+        size = math.prod(shape)
+        if self._memory.numel() < size:
+            self._memory = torch.zeros(size, dtype=self.model.dtype, device=self.model.device)
+        return self._memory[:size].view(shape)
 
     def _forward(
         self, cache: _SlotCache, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor | None = None
@@ -265,6 +303,17 @@ def _draw(logits: torch.Tensor, temperatures: torch.Tensor, u: np.ndarray) -> tu
     if bool(greedy.any()):
         drawn = torch.where(greedy, logprobs.argmax(-1, keepdim=True), drawn)
     return drawn.squeeze(1), logprobs.gather(1, drawn).squeeze(1).tolist()
+
+
+@contextmanager
+def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout; the mode is put back even after an error."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

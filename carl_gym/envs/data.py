@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from carl_gym.envs.miniwiki import Split, generate
 from carl_gym.envs.state import Passage, Question
 from carl_gym.errors import DataError
 from carl_gym.paths import PACKAGE
@@ -43,18 +44,26 @@ class Data:
     is_mini: bool = False
 
 
-def load_miniwiki(*, world: int = 0, split: str = "train", questions: int = 600, hops: Sequence[int] = (2, 3)) -> Data:
-    """Generate a world (see `carl_gym.envs.miniwiki.generate`).
-
-    Args:
-        world: its seed.
-        split: `train` or `test`; test worlds share no facts with training worlds.
-        questions: how many.
-        hops: the possible numbers of hops.
-    """
-    from carl_gym.envs.miniwiki import generate
-
-    generated = generate(world, split=split, questions=questions, hops=tuple(hops))  # type: ignore[arg-type]
+def load_miniwiki(
+    *,
+    world: int = 0,
+    split: Split = "train",
+    questions: int = 600,
+    hops: Sequence[int] = (2, 3),
+    ambiguity: float = 0.5,
+    distractors: float = 0.2,
+    noise: float = 0.0,
+) -> Data:
+    """Generate world number `world`; the arguments and errors are those of `carl_gym.envs.miniwiki.generate`."""
+    generated = generate(
+        world,
+        split=split,
+        questions=questions,
+        hops=hops,
+        ambiguity=ambiguity,
+        distractors=distractors,
+        noise=noise,
+    )
     source = f"MiniWiki world {world}, split {split}"
     return Data(generated.questions, Corpus(generated.passages, source), source)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import random
 import tomllib
 from collections import defaultdict
@@ -154,9 +155,10 @@ def _name_entities(rng: random.Random, ambiguity: float) -> list[Entity]:
     for kind, count in COUNTS.items():
         family = "person" if kind in PEOPLE else "work" if kind in ("film", "book") else kind
         for _ in range(count):
-            while True:
+            for attempt in itertools.count():
                 subkind = rng.choice(vocabulary()["kinds"][kind])
                 borrow = family in ("person", "work") and named[family] and rng.random() < ambiguity
+                borrow = borrow and attempt < 100  # at high ambiguity every old name can be taken
                 name = rng.choice(named[family]) if borrow else fresh(kind)
                 if (subkind, name) not in seen:
                     break
@@ -187,7 +189,8 @@ def _draw_facts(rng: random.Random, entities: list[Entity], split: Split) -> Non
         objects: list[Entity | str] = list(names.split()) if names else list(_of_kind(entities, spec["object"]))
         for subject in _of_kind(entities, spec["subject"]):
             candidates = [o for o in objects if o is not subject and _allowed(subject, relation, _name(o), split)]
-            subject.facts[relation] = rng.choice(candidates)
+            if candidates:  # a small pool may hold none of this split; then the page does not say
+                subject.facts[relation] = rng.choice(candidates)
 
 
 def _name(thing: Entity | str) -> str:

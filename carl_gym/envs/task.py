@@ -96,6 +96,11 @@ class SearchTask:
         self._card_hash = card.hash
         self._reward = REWARDS[card.reward]
 
+    @property
+    def label(self) -> str:
+        """The name that scores may be reported under: never the data set's for the mini set."""
+        return f"mini set in place of {self.card.id}" if self.is_mini else self.card.id
+
     def initial(self, question: Question) -> EnvState:
         """The state in which `question` has been asked and nothing done."""
         return EnvState(question.id, card=self._card_hash, corpus=self.corpus.fingerprint)

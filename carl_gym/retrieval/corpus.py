@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -119,6 +120,12 @@ def _record(path: Path, line_number: int, line: bytes) -> dict[str, object]:
         ) from error
     except ValueError as error:
         raise DataError(f"{where}: not valid JSON ({error}); expected one JSON object per line") from error
+    if _SURROGATE.search(line):
+        try:
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            broken = f"\\u{ord(error.object[error.start]):04x}"
+            raise DataError(f"{where}: {broken} without its other half is no character; remove it") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
     return record
@@ -132,6 +139,10 @@ def _read_passages(path: Path) -> Iterator[Passage]:
         if (first := lines.setdefault(passage.id, line_number)) != line_number:
             raise DataError(f"{where}: id {passage.id!r} was already used in line {first}; ids must be unique")
         yield passage
+
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""Escapes that can be one half of a character; both halves together are fine."""
 
 
 def _title_key(title: str) -> str:

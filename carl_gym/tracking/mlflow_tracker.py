@@ -41,7 +41,7 @@ class MlflowTracker:
         run_id: resume this run instead of starting one.
 
     Raises:
-        ConfigError: the run to resume is not in this store or had other parameters, or a parameter is too long.
+        ConfigError: no such store, the run to resume is not in it or had other parameters, or a parameter is too long.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class MlflowTracker:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read once, when mlflow is imported
         from mlflow import MlflowClient
         from mlflow.entities import Param, RunTag
+        from mlflow.exceptions import MlflowException
 
         for chatty in ("mlflow.store.db.utils", "alembic"):  # they narrate the creation of the database
             logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -69,11 +70,18 @@ class MlflowTracker:
                     "log it with log_dict instead"
                 )
         self.uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(output_dir)
-        if self.uri.startswith("sqlite:///"):
-            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        self._client = MlflowClient(tracking_uri=self.uri)
+        try:
+            if self.uri.startswith("sqlite:///"):
+                Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            self._client = MlflowClient(tracking_uri=self.uri)
+            experiment_id = self._experiment_id(experiment)
+        except (OSError, MlflowException) as error:
+            raise ConfigError(
+                f"MLflow cannot use the store {self.uri!r} or the experiment {experiment!r} in it: {error}; pass "
+                "another --tracking-uri or --experiment"
+            ) from error
         if run_id is None:
-            run = self._client.create_run(self._experiment_id(experiment), run_name=run_name)
+            run = self._client.create_run(experiment_id, run_name=run_name)
             self.run_id: str = run.info.run_id
             self._last_step: dict[str, int] = {}
             missing = texts

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def load_checkpoint(folder: Path, agent: Agent, learner: Learner) -> Progress:
         state = torch.load(folder / STATE_FILE, weights_only=True)
         learner.optimizer.load_state_dict(state["optimizer"])
         progress = Progress(*state["progress"])
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise DataError(
             f"{folder}: not a checkpoint to resume from ({error}); delete it to resume from an older one"
         ) from error

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from carl_gym.errors import CarlGymError, DataError
+from carl_gym.console import progress_bar, run_command, show_warnings
+from carl_gym.errors import DataError
 from carl_gym.training.config import TrainConfig
 
 
@@ -28,20 +26,16 @@ class Options(TrainConfig):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run training; an error that carl-gym raises on purpose is printed without a traceback, with exit code 2."""
-    try:
-        run(tyro.cli(Options, args=arguments))
-    except CarlGymError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False, markup=True)
-        sys.exit(2)
+    run_command(lambda: run(tyro.cli(Options, args=arguments)))
 
 
 def run(options: Options) -> None:
     """Train with these options and print what came of it."""
     stored = [read_summary(path) for path in options.compare]
     console = Console()
-    warnings.showwarning = lambda message, *_: console.print(f"warning: {message}", style="yellow", markup=False)
+    show_warnings(console)
     config = TrainConfig(**{name: getattr(options, name) for name in TrainConfig.__dataclass_fields__})
-    from carl_gym.training.trainer import Trainer, score_label  # imports torch, which --help should not wait for
+    from carl_gym.training.trainer import Trainer  # imports torch, which --help should not wait for
 
     trainer = Trainer(config)
     console.print(
@@ -50,17 +44,8 @@ def run(options: Options) -> None:
         highlight=False,
     )
     if trainer.task.is_mini:
-        console.print(f"[yellow]scores are those of the {score_label(trainer.task)}[/]", highlight=False)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with bar:
+        console.print(f"[yellow]scores are those of the {trainer.task.label}[/]", highlight=False)
+    with progress_bar(console, "steps") as bar:
         job = bar.add_task("training", total=config.steps, completed=trainer.progress.step)
         for metrics in trainer.run():
             bar.update(job, completed=int(metrics["step"]))
@@ -93,7 +78,10 @@ def read_summary(path: Path) -> dict[str, object]:
     """A stored result. Raises DataError when it is none."""
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        summary["after"]["eval/sampled_em"], summary["algorithm"]
+        for when in ("before", "after"):
+            summary[when]["eval/sampled_em"]
+        for name in ("algorithm", "actions_generated", "actions_trained", "seconds"):
+            summary[name]
         return dict(summary)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"--compare {path}: not the summary.json of a run with evaluations ({error!r})") from error

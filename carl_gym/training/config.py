@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,11 +90,15 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.eval_questions < 0 or self.learning_rate <= 0 or self.temperature <= 0 or self.max_grad_norm <= 0:
-            raise ConfigError(
-                "eval_questions must be >= 0, and learning_rate, temperature and max_grad_norm > 0, not "
-                f"{self.eval_questions}, {self.learning_rate}, {self.temperature}, {self.max_grad_norm}"
-            )
+        for name in ("max_actions", "threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1 where it is given, not {value}")
+        for name in ("learning_rate", "temperature", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be a number above 0, not {getattr(self, name)}")
+        for name in ("eval_questions", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.minibatches > self.questions_per_step:
             raise ConfigError(
                 f"{self.minibatches} minibatches need as many questions_per_step, not {self.questions_per_step}"
@@ -109,30 +115,48 @@ class TrainConfig:
         return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(self).items()}
 
 
-def claim_output_dir(config: TrainConfig) -> None:
-    """Make the output directory this run's own, or make sure that it already is.
+def check_output_dir(config: TrainConfig) -> None:
+    """Make sure that the output directory is free, or holds the run to resume; writes nothing.
 
     Raises:
-        ConfigError: it holds another run, or there is none to resume, or one with other settings.
+        ConfigError: it holds another run or cannot be written to; or there is no run to resume, or one with other
+            settings.
     """
-    path = config.output_dir / CONFIG_FILE
+    folder, path = config.output_dir, config.output_dir / CONFIG_FILE
     if not config.resume:
-        if path.exists() or (config.output_dir.is_dir() and any(config.output_dir.iterdir())):
+        if folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(
-                f"{config.output_dir} is not empty; pass --resume to go on with the run in it, or another --output-dir"
+                f"{folder} is not empty; pass --resume to go on with the run in it, or another --output-dir"
             )
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(path, config.as_dict())
+        nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"{folder} cannot be made, since {nearest} is not a folder that can be written to; pass another "
+                "--output-dir"
+            )
         return
     if not path.is_file():
-        raise ConfigError(f"{config.output_dir} holds no run to resume ({CONFIG_FILE} is missing); leave out --resume")
-    before, now = json.loads(path.read_text(encoding="utf-8")), config.as_dict()
+        raise ConfigError(f"{folder} holds no run to resume ({CONFIG_FILE} is missing); leave out --resume")
+    try:
+        before, now = dict(json.loads(path.read_text(encoding="utf-8"))), config.as_dict()
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}), so the run in it cannot be resumed; start a new one in another "
+            "--output-dir"
+        ) from error
     changed = [f"{k}: {before.get(k)} -> {now[k]}" for k in now if k not in MAY_CHANGE and before.get(k) != now[k]]
     if changed:
         raise ConfigError(
-            f"the run in {config.output_dir} has other settings ({'; '.join(changed)}); resume with the same ones, or "
+            f"the run in {folder} has other settings ({'; '.join(changed)}); resume with the same ones, or "
             "start a new run in another --output-dir"
         )
+
+
+def claim_output_dir(config: TrainConfig) -> None:
+    """Make the output directory, and write down whose it is."""
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    if not config.resume:
+        write_json(config.output_dir / CONFIG_FILE, config.as_dict())
 
 
 def write_json(path: Path, content: object) -> None:

@@ -23,13 +23,13 @@ from carl_gym.envs.state import Question
 from carl_gym.envs.task import SearchTask
 from carl_gym.errors import ConfigError
 from carl_gym.rollouts.collector import Timings, collect
-from carl_gym.rollouts.evaluation import Evaluation, evaluate
+from carl_gym.rollouts.evaluation import Evaluation, evaluate, held_out_first
 from carl_gym.rollouts.tree import RolloutTree
 from carl_gym.tracking.curves import learning_curve
 from carl_gym.tracking.mlflow_tracker import MlflowTracker
 from carl_gym.tracking.tree_figure import draw_tree
 from carl_gym.training.checkpoints import Progress, checkpoints, load_checkpoint, save_checkpoint
-from carl_gym.training.config import TrainConfig, claim_output_dir, write_json
+from carl_gym.training.config import TrainConfig, check_output_dir, claim_output_dir, write_json
 from carl_gym.training.learner import Learner, UpdateMetrics
 from carl_gym.training.segments import rows, segments
 
@@ -56,6 +56,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+        check_output_dir(config)
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
@@ -63,7 +64,6 @@ class Trainer:
         self.task, self.questions, self.eval_task, self.eval_questions = load_data(config)
         saved = checkpoints(config.output_dir) if config.resume else []
         self.agent: Agent = load_agent(str(saved[-1]) if saved else config.agent, device=config.device)
-        claim_output_dir(config)
         self.learner = Learner(
             self.agent.model,
             learning_rate=config.learning_rate,
@@ -73,8 +73,8 @@ class Trainer:
             autocast=torch.bfloat16 if config.bf16 else None,
         )
         self.progress = load_checkpoint(saved[-1], self.agent, self.learner) if saved else Progress()
-        self.history = self._kept_history()
         self.tracker = self._tracker()
+        self.history = self._kept_history()
         self.last_tree: CreditedTree | None = None
 
     def run(self) -> Iterator[dict[str, float]]:
@@ -160,6 +160,8 @@ class Trainer:
         for name, temperature in (("sampled", self.config.temperature), ("greedy", 0.0)):
             if self.eval_questions:
                 found |= self._play(temperature).metrics(f"eval/{name}")
+        # The next step must not meet what evaluation left in the policy's cache: a resumed run does not have it.
+        self.agent.policy.sync()
         return found
 
     def _play(self, temperature: float) -> Evaluation:
@@ -177,9 +179,10 @@ class Trainer:
         step = int(metrics["step"])
         metrics = asdict(self.progress) | metrics
         self.history.append(metrics)
+        # MLflow first: after a kill, a step that only MLflow knows of is done again; step 0 of the file would not be.
+        self.tracker.log_step(step, {name: value for name, value in metrics.items() if name != "step"})
         with (self.config.output_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
-        self.tracker.log_step(step, {name: value for name, value in metrics.items() if name != "step"})
         return metrics
 
     def _kept_history(self) -> list[dict[str, float]]:
@@ -213,6 +216,7 @@ class Trainer:
             run_name=config.output_dir.name,
             run_id=known,
         )
+        claim_output_dir(config)  # after all that can fail
         write_json(path, {"run_id": tracker.run_id, "tracking_uri": tracker.uri})
         tracker.log_dict({"config": config.as_dict(), **cards}, "config.json")
         return tracker
@@ -243,7 +247,7 @@ class Trainer:
         evaluations = [row for row in self.history if any(name.startswith("eval/") for name in row)]
         return {
             "algorithm": self.algorithm.name,
-            "env": score_label(self.task),
+            "env": self.task.label,
             "source": self.task.source,
             "eval_source": self.eval_task.source,
             "seed": self.config.seed,
@@ -268,8 +272,7 @@ def load_data(config: TrainConfig) -> tuple[SearchTask, list[Question], SearchTa
         held_out = make_task(config.env, split="test", questions=max(config.eval_questions, 1))
         return task, list(task.questions.values()), held_out, list(held_out.questions.values())[: config.eval_questions]
     task = make_task(config.env, **({"data_dir": config.data_dir} if config.data_dir else {}))
-    ids = sorted(task.questions)
-    order = [task.questions[ids[i]] for i in np.random.default_rng(0).permutation(len(ids))]
+    order = held_out_first(task.questions.values())
     train = order[config.eval_questions :][: config.train_questions]
     if not train:
         raise ConfigError(
@@ -286,11 +289,6 @@ def take_questions(questions: Sequence[Question], step: int, count: int, seed: i
         epoch, offset = divmod(position, len(questions))
         chosen.append(questions[int(np.random.default_rng([seed, epoch]).permutation(len(questions))[offset])])
     return chosen
-
-
-def score_label(task: SearchTask) -> str:
-    """The name that scores may be reported under: never the data set's for the mini set."""
-    return f"mini set in place of {task.card.id}" if task.is_mini else task.card.id
 
 
 def rollout_metrics(task: SearchTask, credited: Sequence[CreditedTree]) -> dict[str, float]:

@@ -1,0 +1,64 @@
+"""What the command lines have in common: how errors, warnings and progress look."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from carl_gym.errors import CarlGymError
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run a command; an error that carl-gym raises on purpose is printed without a traceback, with exit code 2."""
+    try:
+        command()
+    except CarlGymError as error:
+        # A Text and no markup: messages hold square brackets of their own.
+        message = Text.assemble(("error:", "bold red"), f" {error}")
+        Console(stderr=True).print(message, soft_wrap=True, highlight=False)
+        sys.exit(2)
+
+
+def show_warnings(console: Console) -> None:
+    """Print warnings from here on as lines of the console, so that they do not break a progress bar."""
+    warnings.showwarning = lambda message, *_: console.print(
+        f"warning: {message}", style="yellow", markup=False, soft_wrap=True
+    )
+
+
+def progress_bar(console: Console, unit: str) -> Progress:
+    """A bar with rate (`unit` per second) and remaining time; nothing where the output is no terminal."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(unit),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.2f} {self.unit}/s")
