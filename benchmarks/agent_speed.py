@@ -10,11 +10,13 @@ same requests in the same process, one after the other with the policy, and each
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import resource
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +56,7 @@ class Options:
     questions: int = 16
     """Questions, and so trees, per training step."""
     steps: int = 3
-    """Training steps per algorithm; the first is a warm-up and not counted."""
+    """Training steps per algorithm, at least 2; the first is a warm-up and not counted."""
     repeats: int = 3
     """Measurements of each sampling and update speed, after one warm-up; the best counts."""
 
@@ -202,17 +204,12 @@ def carl_rows(agent: Agent, task: SearchTask, options: Options) -> list[Row]:
 
 
 def shares_table(options: Options) -> None:
-    """Where the time of a training step goes, by the trainer's own clocks."""
-    print("| algorithm | actions/s | s per step | sample | environment | other rollout | update |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    """Where the time of a training step goes, by the trainer's own clocks; each run in a process of its own."""
+    print("| algorithm | actions/s | s per step | sample | environment | other rollout | update | peak MiB |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name in ALGORITHMS:
-        with tempfile.TemporaryDirectory(prefix="agent-speed-") as folder:
-            config = TrainConfig(
-                algorithm=name, agent=options.agent, steps=options.steps, questions_per_step=options.questions,
-                eval_questions=0, save_every=options.steps, device=options.device, threads=options.threads,
-                output_dir=Path(folder) / name,
-            )  # fmt: skip
-            steps = [metrics for metrics in Trainer(config).run() if "time/rollout" in metrics][1:]
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            steps, peak = process.submit(train, name, options).result()
         rollout, update, sample, environment = (
             sum(step[f"time/{part}"] for step in steps) for part in ("rollout", "update", "sample", "environment")
         )
@@ -220,7 +217,20 @@ def shares_table(options: Options) -> None:
         shares = (sample, environment, rollout - sample - environment, update)
         actions = sum(step["rollout/actions_generated"] for step in steps) / total
         cells = [f"{actions:,.0f}", f"{total / len(steps):.2f}", *(f"{share / total:.0%}" for share in shares)]
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+        print(f"| {name} | " + " | ".join([*cells, f"{peak:,.0f}"]) + " |", flush=True)
+
+
+def train(algorithm: str, options: Options) -> tuple[list[dict[str, float]], float]:
+    """Metrics of a training run's steps but the first, and the peak memory of this process in MiB."""
+    warnings.filterwarnings("ignore")
+    with tempfile.TemporaryDirectory(prefix="agent-speed-") as folder:
+        config = TrainConfig(
+            algorithm=algorithm, agent=options.agent, steps=options.steps, questions_per_step=options.questions,
+            eval_questions=0, save_every=options.steps, device=options.device, threads=options.threads,
+            output_dir=Path(folder) / algorithm,
+        )  # fmt: skip
+        steps = [metrics for metrics in Trainer(config).run() if "time/rollout" in metrics]
+    return steps[1:], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from carl_gym.envs.cards import EnvCard, load_card
-from carl_gym.envs.state import Passage, Question
+from carl_gym.envs.state import Question
 from carl_gym.envs.task import SearchTask
 from carl_gym.retrieval import BM25, Corpus
+from carl_gym.retrieval.corpus import Passage
 
 if TYPE_CHECKING:
     from carl_gym.agents.agent import Agent

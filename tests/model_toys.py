@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -109,3 +110,17 @@ def plain_logprobs(
     logits = model(input_ids=torch.tensor([[*prefix, *tokens]]), use_cache=False).logits[0].double()
     after = torch.log_softmax(logits[len(prefix) - 1 : -1] / temperature, dim=-1)
     return after[torch.arange(len(tokens)), torch.tensor(tokens)]
+
+
+def chi_square(counts: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], float]) -> float:
+    """How many standard deviations the statistic lies above its mean; classes that expect < 5 are pooled."""
+    assert set(counts) <= set(expected), "what cannot happen never does"
+    total = sum(counts.values())
+    rare = [outcome for outcome, probability in expected.items() if probability * total < 5]
+    classes = [[outcome] for outcome in expected if outcome not in rare] + ([rare] if rare else [])
+    statistic = 0.0
+    for outcomes in classes:
+        mean = total * sum(expected[outcome] for outcome in outcomes)
+        statistic += (sum(counts[outcome] for outcome in outcomes) - mean) ** 2 / mean
+    freedom = len(classes) - 1
+    return (statistic - freedom) / math.sqrt(2 * freedom)

@@ -7,8 +7,8 @@ import pytest
 
 from carl_gym.envs.data import load_folder
 from carl_gym.envs.registration import env_card
-from carl_gym.envs.state import Passage
 from carl_gym.retrieval import BM25, Corpus, Hit
+from carl_gym.retrieval.corpus import Passage
 
 PASSAGES = [
     Passage("p0", "Cats", "cats chase mice"),

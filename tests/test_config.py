@@ -113,7 +113,7 @@ def test_resuming_with_other_settings_is_refused_and_names_each(tmp_path):
 
 
 def test_there_must_be_a_run_to_resume(tmp_path):
-    with pytest.raises(ConfigError, match="holds no run to resume .*; leave out --resume"):
+    with pytest.raises(ConfigError, match=r"holds no run to resume .*; leave out --resume"):
         check_output_dir(TrainConfig(output_dir=tmp_path / "none", resume=True))
     assert not list(tmp_path.iterdir())
 

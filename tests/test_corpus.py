@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from carl_gym.envs.state import Passage
 from carl_gym.errors import DataError
 from carl_gym.retrieval import Corpus
+from carl_gym.retrieval.corpus import Passage
 
 GOOD = json.dumps({"id": "a", "title": "Åland", "text": "An island.", "src": "ignored"}, ensure_ascii=False)
 

@@ -9,8 +9,9 @@ import gymnasium as gym
 import pytest
 
 from carl_gym.envs import data
-from carl_gym.envs.state import Passage, Question
+from carl_gym.envs.state import Question
 from carl_gym.errors import DataError
+from carl_gym.retrieval.corpus import Passage
 
 RECORDS: list[dict[str, Any]] = [
     {

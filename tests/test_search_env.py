@@ -14,10 +14,11 @@ import carl_gym
 from carl_gym.envs.gym_env import SearchEnv
 from carl_gym.envs.protocol import INVALID_HINTS, parse
 from carl_gym.envs.spaces import ActionSpace, TextSpace
-from carl_gym.envs.state import SCHEMA_VERSION, EnvState, ParsedAction, Passage, Question, Turn
+from carl_gym.envs.state import SCHEMA_VERSION, EnvState, ParsedAction, Question, Turn
 from carl_gym.envs.task import NO_HITS, NO_TITLE, SearchTask, shorten
 from carl_gym.errors import ActionError, ConfigError, DataError, StateError
 from carl_gym.retrieval import BM25, Corpus
+from carl_gym.retrieval.corpus import Passage
 
 # JSON of the right shape whose values cannot be what they should be.
 FORGED = (

@@ -16,10 +16,11 @@ from carl_gym.agents.transcript import InlineTranscript
 from carl_gym.envs.miniwiki import generate, vocabulary
 from carl_gym.envs.protocol import TAGS, escape
 from carl_gym.envs.registration import make_task
-from carl_gym.envs.state import Passage, Question
+from carl_gym.envs.state import Question
 from carl_gym.envs.task import SearchTask
 from carl_gym.errors import PolicyError
 from carl_gym.retrieval import BM25, Corpus
+from carl_gym.retrieval.corpus import Passage
 from carl_gym.rollouts import EntropyForking, collect
 
 PROMPT, OBSERVATION = "Question: {observation}\n", "\n{observation}\n"

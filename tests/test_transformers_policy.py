@@ -10,34 +10,22 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from model_toys import (
-    KINDS,
-    byte_fallback_tokenizer,
-    chain_model,
-    plain_logprobs,
-    random_model,
-    spell,
-    tag_tokenizer,
-)
+from model_toys import KINDS, chain_model, chi_square, plain_logprobs, random_model, tag_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 
 from carl_gym.agents.policy import Completion, SampleRequest
-from carl_gym.agents.transformers_policy import TransformersPolicy, uniforms
+from carl_gym.agents.transformers_policy import TransformersPolicy
 from carl_gym.envs.protocol import STOP_STRINGS
 from carl_gym.errors import PolicyError
 
 TAGS = tag_tokenizer()
-BYTES = byte_fallback_tokenizer()
 VOCABULARY = len(TAGS) + 4  # models round their vocabulary up: some ids have no token
 SIZES = {
     "vocab_size": 300,
@@ -216,18 +204,6 @@ def test_seeds_of_any_size_count() -> None:
 # The distribution
 
 
-def chi_square(counts: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], float]) -> float:
-    """How many standard deviations the statistic lies above its mean; classes that expect < 5 are pooled."""
-    total = sum(counts.values())
-    rare = [outcome for outcome, probability in expected.items() if probability * total < 5]
-    classes = [([o], p) for o, p in expected.items() if p * total >= 5] + [(rare, sum(expected[o] for o in rare))]
-    statistic = sum(
-        (sum(counts[o] for o in outcomes) - p * total) ** 2 / (p * total) for outcomes, p in classes if p > 0
-    )
-    freedom = len(classes) - 1
-    return (statistic - freedom) / math.sqrt(2 * freedom)
-
-
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
 def test_the_first_token_follows_softmax_of_logits_over_temperature(temperature: float) -> None:
     policy, prefix, n = make_policy(), [5, 6, 7, 8], 8000
@@ -277,104 +253,6 @@ def test_greedy_and_sampled_requests_share_a_batch() -> None:
     together = policy.sample(mixed)
     assert [policy.sample([request])[0].token_ids for request in mixed] == [c.token_ids for c in together]
     assert len({c.token_ids for c in together}) == 3
-
-
-# Where an action ends
-
-
-def complete(
-    tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], *, max_tokens: int = 30, eos: list[int] | None = None
-) -> Completion:
-    """What the policy makes of a model that goes on from `ids[0]` with the rest of them."""
-    model = chain_model(len(tokenizer), spell(ids))
-    if eos:
-        model.generation_config.eos_token_id = eos
-    policy = TransformersPolicy(model, tokenizer, STOP_STRINGS)
-    return policy.sample([SampleRequest([ids[0]], 0, max_tokens=max_tokens)])[0]
-
-
-def test_a_closing_tag_that_is_one_token_ends_the_action() -> None:
-    ids = TAGS.encode("Q<search>xyz</search>w")
-    completion = complete(TAGS, ids)
-    assert completion.text == "<search>xyz</search>"
-    assert completion.token_ids == tuple(ids[1:-1])
-    assert completion.finish_reason == "stop"
-    assert completion.logprobs == pytest.approx([0.0] * 5, abs=1e-5)
-
-
-@pytest.mark.parametrize("tag", ["</search>", "</answer>"])
-def test_a_closing_tag_of_many_tokens_ends_the_action(tag: str) -> None:
-    ids = BYTES.encode(f"Q{tag}Z")
-    assert len(ids) == len(tag) + 2, "a token for each byte"
-    completion = complete(BYTES, ids)
-    assert (completion.text, completion.finish_reason) == (tag, "stop")
-    assert completion.token_ids == tuple(ids[1:-1])
-
-
-def test_a_closing_tag_inside_a_longer_token_ends_the_action() -> None:
-    """Large vocabularies have tokens such as `>.`; the action keeps the token that was sampled."""
-    ids = [*BYTES.encode("Q</search"), BYTES.convert_tokens_to_ids(">."), *BYTES.encode("w")]
-    completion = complete(BYTES, ids)
-    assert (completion.text, completion.finish_reason) == ("</search>.", "stop")
-
-
-@pytest.mark.parametrize("tokenizer", [TAGS, BYTES], ids=["tags", "bytes"])
-def test_other_tags_do_not_end_the_action(tokenizer: PreTrainedTokenizerFast) -> None:
-    ids = tokenizer.encode("Q</think>")
-    following = spell(ids) | {ids[-1]: {ids[-1]: 1.0}}
-    policy = TransformersPolicy(chain_model(len(tokenizer), following), tokenizer, STOP_STRINGS)
-    (completion,) = policy.sample([SampleRequest([ids[0]], 0, max_tokens=20)])
-    assert completion.finish_reason == "length"
-    assert len(completion.token_ids) == len(completion.logprobs) == 20
-
-
-@pytest.mark.parametrize("tokenizer", [TAGS, BYTES], ids=["tags", "bytes"])
-def test_the_end_of_sequence_ends_the_action_and_is_not_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    ids = [*tokenizer.encode("Qxyz"), tokenizer.eos_token_id]
-    completion = complete(tokenizer, ids)
-    assert (completion.text, completion.finish_reason) == ("xyz", "eos")
-    assert completion.token_ids == tuple(ids[1:])
-    assert len(completion.logprobs) == 4
-
-
-def test_every_end_of_sequence_of_the_generation_config_counts() -> None:
-    """Chat models have several: the end of a turn and the end of a text."""
-    ids = TAGS.encode("Qxyzw")
-    assert complete(TAGS, ids, eos=[ids[2], ids[4]]).text == "x"
-    assert complete(TAGS, [*ids[:2], TAGS.eos_token_id], eos=[ids[2]]).finish_reason == "eos"
-
-
-def test_an_action_of_nothing_is_empty_text() -> None:
-    completion = complete(TAGS, [*TAGS.encode("Q"), TAGS.eos_token_id])
-    assert (completion.text, completion.finish_reason) == ("", "eos")
-
-
-def test_an_action_is_cut_at_its_longest_length() -> None:
-    ids = TAGS.encode("Qé")
-    completion = complete(TAGS, ids, max_tokens=1)
-    assert completion.finish_reason == "length"
-    assert completion.token_ids == tuple(ids[1:2])
-    assert completion.text == "\ufffd"  # half a character
-
-
-def test_requests_end_each_on_their_own() -> None:
-    """In one batch: a stop, an end of sequence, and three different lengths."""
-    a, b, c, d = TAGS.encode("abcd")
-    stop = TAGS.convert_tokens_to_ids("</answer>")
-    following = {a: {stop: 1.0}, b: {TAGS.eos_token_id: 1.0}, c: {d: 1.0}, d: {c: 1.0}}
-    policy = TransformersPolicy(chain_model(len(TAGS), following), TAGS, STOP_STRINGS)
-    prefixes, lengths = ([c], [a], [c, c], [b], [d]), (5, 9, 1, 9, 17)
-    completions = policy.sample([SampleRequest(p, 0, max_tokens=n) for p, n in zip(prefixes, lengths, strict=True)])
-    assert [done.finish_reason for done in completions] == ["length", "stop", "length", "eos", "length"]
-    assert [done.text for done in completions] == ["dcdcd", "</answer>", "d", "", "cdcdcdcdcdcdcdcdc"]
-
-
-def test_ids_without_a_token_can_be_sampled() -> None:
-    """A model's vocabulary is often larger than its tokenizer's."""
-    beyond = len(TAGS) + 1
-    model = chain_model(VOCABULARY, {5: {beyond: 1.0}, beyond: {beyond: 1.0}})
-    (completion,) = TransformersPolicy(model, TAGS, STOP_STRINGS).sample([SampleRequest([5], 0, max_tokens=3)])
-    assert completion.token_ids == (beyond,) * 3
 
 
 # Weights
@@ -502,44 +380,3 @@ def test_the_cache_keeps_no_more_than_it_may() -> None:
     policy, request = make_policy(cache_bytes=0), SampleRequest(list(range(100)), 0, max_tokens=1)
     for _ in range(2):
         assert count_computed(policy, lambda: policy.sample([request])) == 100
-
-
-# Random numbers
-
-
-def splitmix64(seed: int, count: int) -> list[int]:
-    """The reference generator in plain integers (Vigna's splitmix64.c)."""
-    outputs, state = [], seed
-    for _ in range(count):
-        state = (state + 0x9E3779B97F4A7C15) % 2**64
-        z = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-        outputs.append(z ^ (z >> 31))
-    return outputs
-
-
-def test_known_values_of_splitmix64() -> None:
-    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # of seed 0
-    assert splitmix64(0, 3) == published
-    zero = np.zeros(1, dtype=np.uint64)
-    assert [uniforms(zero, i)[0] for i in range(3)] == [(value >> 11) / 2**53 for value in published]
-
-
-@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=5), st.integers(0, 300))
-def test_uniforms_are_the_streams_of_splitmix64(seeds: list[int], index: int) -> None:
-    expected = [(splitmix64(seed, index + 1)[-1] >> 11) / 2**53 for seed in seeds]
-    assert uniforms(np.array(seeds, dtype=np.uint64), index).tolist() == expected
-
-
-def test_uniforms_are_uniform_over_seeds_and_along_a_stream() -> None:
-    n = 100_000
-    over_seeds = uniforms(np.arange(n, dtype=np.uint64), 3)
-    along = np.array([uniforms(np.array([2**40 + 7], dtype=np.uint64), i)[0] for i in range(n // 10)])
-    for sample in (over_seeds, along):
-        assert sample.min() >= 0
-        assert sample.max() < 1
-        counts = Counter((bin_,) for bin_ in np.floor(sample * 64).astype(int).tolist())
-        assert abs(chi_square(counts, {(i,): 1 / 64 for i in range(64)})) < 4
-        assert abs(np.corrcoef(sample[1:], sample[:-1])[0, 1]) < 4 / math.sqrt(len(sample))
-    following = uniforms(np.arange(n, dtype=np.uint64), 4)
-    assert abs(np.corrcoef(over_seeds, following)[0, 1]) < 4 / math.sqrt(n)

@@ -16,9 +16,10 @@ import numpy as np
 
 from carl_gym.agents.policy import Completion, SampleRequest
 from carl_gym.envs.scoring import normalize_answer
-from carl_gym.envs.state import MAX_ARGUMENT_CHARS, EnvState, Passage, Question
+from carl_gym.envs.state import MAX_ARGUMENT_CHARS, EnvState, Question
 from carl_gym.envs.task import SearchTask
 from carl_gym.errors import PolicyError
+from carl_gym.retrieval.corpus import Passage
 
 
 class ByteTranscript:

@@ -38,8 +38,8 @@ def uniforms(seeds: np.ndarray, index: int) -> np.ndarray:
 class _SlotCache(Cache):
     """Keys and values of a batch, one row per slot, each row at its own length.
 
-    `kv`, the used rows of `buffer`, has shape (layers, 2, rows, length, heads, head_dim). The caller sets where the next
-    `update` writes and how many positions it returns; what a row must not see is masked by the caller.
+    `kv`, the used rows of `buffer`, has shape (layers, 2, rows, length, heads, head_dim). The caller sets where the
+    next `update` writes and how many positions it returns; what a row must not see is masked by the caller.
     """
 
     def __init__(self, buffer: torch.Tensor, rows: int) -> None:
@@ -87,7 +87,8 @@ class TransformersPolicy:
         cache_bytes: bound of the prefix cache.
 
     Raises:
-        PolicyError: a model with sliding-window, linear or other attention that does not see the whole prefix.
+        PolicyError: a model with sliding-window, linear or other attention that does not see the whole prefix, or
+            one that changes its logits after the output head.
     """
 
     def __init__(
@@ -105,6 +106,12 @@ class TransformersPolicy:
                 f"{type(model).__name__} has layers that do not attend to the whole prefix "
                 f"({', '.join(sorted(layer_types)) or 'a sliding window'}); use one with full attention in every layer"
             )
+        for setting in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(model.config, setting, None) not in (None, 1, 1.0):
+                raise PolicyError(
+                    f"{type(model).__name__} changes its logits after the output head (config.{setting}), which "
+                    "LogprobModel does not; use a model without it"
+                )
         self.model, self.tokenizer, self.stop = model, tokenizer, tuple(stop)
         self.version = 0
         self.max_batch = max_batch

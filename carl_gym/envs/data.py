@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from carl_gym.envs.miniwiki import Split, generate
-from carl_gym.envs.state import Passage, Question
+from carl_gym.envs.state import Question
 from carl_gym.errors import DataError
 from carl_gym.paths import PACKAGE
-from carl_gym.retrieval.corpus import Corpus, read_jsonl, text_field
+from carl_gym.retrieval.corpus import Corpus, Passage, read_jsonl, text_field
 
 HUB = {"hotpotqa": ("hotpotqa/hotpot_qa", "fullwiki")}
 """Data sets that the hub has: repository and configuration."""

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal
 
-from carl_gym.envs.state import Hop, Passage, Question
+from carl_gym.envs.state import Hop, Question
 from carl_gym.errors import ConfigError
+from carl_gym.retrieval.corpus import Passage
 
 Split = Literal["train", "test"]
 
@@ -39,6 +40,8 @@ COUNTS = {
 COMPANY_SUFFIXES = ("Pictures", "Press", "Works")
 CITY_PREFIXES = ("Port", "New", "Upper")
 BOILERPLATE = "This page needs more sources."
+MISSES = 5000
+"""So many draws in a row without a new question, and the world counts as used up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,12 +237,15 @@ def _ask(
     vocab = vocabulary()
     asked: set[tuple[str, ...]] = set()
     questions: list[Question] = []
-    for _ in range(50 * count):
+    misses = 0
+    while misses < MISSES:
+        misses += 1
         chain, end = _walk(rng, rng.choice(entities), rng.choice(hops))
         key = (chain[0][0].title if chain else "", *(relation for _, relation in chain))
         if end is None or key in asked:
             continue
         asked.add(key)
+        misses = 0
         phrase = f"the {chain[0][0].subkind} {chain[0][0].name}"
         for _, relation in chain:
             phrase = rng.choice(_of_split(vocab["relations"][relation]["phrases"], split, 1)).format(x=phrase)

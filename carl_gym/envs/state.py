@@ -43,15 +43,6 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
-    """A retrievable text. `id` is unique in its corpus; titles need not be."""
-
-    id: str
-    title: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class ParsedAction:
     """What an agent's text means to the environment.
 

@@ -13,9 +13,9 @@ from typing import TypedDict
 from carl_gym.envs.cards import EnvCard
 from carl_gym.envs.protocol import INVALID_HINTS, TOOLS, escape, parse
 from carl_gym.envs.scoring import REWARDS, Score, exact_match, f1_score
-from carl_gym.envs.state import SCHEMA_VERSION, EnvState, ParsedAction, Passage, Question, Status, Turn
+from carl_gym.envs.state import SCHEMA_VERSION, EnvState, ParsedAction, Question, Status, Turn
 from carl_gym.errors import ActionError, DataError, StateError
-from carl_gym.retrieval.corpus import Corpus, Retriever
+from carl_gym.retrieval.corpus import Corpus, Passage, Retriever
 
 NO_HITS = "No passage matches this search."
 NO_TITLE = "No passage has this title. Use a title from the search results."

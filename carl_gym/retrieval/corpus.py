@@ -12,8 +12,16 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
 
-from carl_gym.envs.state import Passage
 from carl_gym.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A retrievable text. `id` is unique in its corpus; titles need not be."""
+
+    id: str
+    title: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,12 @@ import os
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
+
+from filelock import FileLock
 
 from carl_gym.errors import CarlGymError, ConfigError
 from carl_gym.paths import PACKAGE
@@ -71,10 +74,9 @@ class MlflowTracker:
                 )
         self.uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(output_dir)
         try:
-            if self.uri.startswith("sqlite:///"):
-                Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            self._client = MlflowClient(tracking_uri=self.uri)
-            experiment_id = self._experiment_id(experiment)
+            with self._creation_lock():
+                self._client = MlflowClient(tracking_uri=self.uri)
+                experiment_id = self._experiment_id(experiment)
         except (OSError, MlflowException) as error:
             raise ConfigError(
                 f"MLflow cannot use the store {self.uri!r} or the experiment {experiment!r} in it: {error}; pass "
@@ -151,6 +153,14 @@ class MlflowTracker:
             self.finish()
         else:
             self.finish("FAILED" if issubclass(kind, Exception) else "KILLED")  # KILLED: interrupted from outside
+
+    def _creation_lock(self) -> AbstractContextManager[object]:
+        """MLflow does not guard the creation of an SQLite store: two runs that start together would both try."""
+        if not self.uri.startswith("sqlite:///"):
+            return nullcontext()
+        file = Path(self.uri.removeprefix("sqlite:///"))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(file.with_name(f".{file.name}.lock"))
 
     def _experiment_id(self, name: str) -> str:
         found = self._client.get_experiment_by_name(name)
