@@ -53,11 +53,11 @@ class Options:
     """CPU threads of torch."""
     batches: tuple[int, ...] = (16, 128)
     """Batch sizes of sampling."""
-    questions: int = 16
-    """Questions, and so trees, per training step."""
-    steps: int = 3
+    questions: int = 8
+    """Questions, and so trees, per training step; more fill the sampling batches of carl-lite better."""
+    steps: int = 2
     """Training steps per algorithm, at least 2; the first is a warm-up and not counted."""
-    repeats: int = 3
+    repeats: int = 2
     """Measurements of each sampling and update speed, after one warm-up; the best counts."""
 
 
@@ -71,10 +71,7 @@ def main(options: Options) -> None:
     print(f"Agent {options.agent}: {parameters:,} parameters, {options.device}, {options.threads} thread(s).\n")
     shares_table(options)
     training_table(agent, task, options)
-    # Before `generate`, which would add its own.
-    print(
-        f"\nPeak memory of the process so far: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB.\n"
-    )
+    print()
     sampling_table(agent, task, options)
 
 

@@ -6,8 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 
 resume=()
 [ ! -e runs/quickstart/config.json ] || resume=(--resume)
-python scripts/train_carl.py --output-dir runs/quickstart "${resume[@]}" \
-    --compare benchmarks/results/grpo-miniwiki.json "$@"
+python scripts/train_carl.py --algorithm carl-lite --steps 14 --eval-every 5 --output-dir runs/quickstart \
+    ${resume[@]+"${resume[@]}"} --compare benchmarks/results/grpo-miniwiki.json "$@"
 
-echo
-[ "$VIRTUAL_ENV" != "$(pwd)/.venv" ] || echo "first: source .venv/bin/activate"
+[ "$VIRTUAL_ENV" != "$(pwd)/.venv" ] || echo "(before that command: source .venv/bin/activate)"

@@ -94,6 +94,21 @@ def naive(batch: Batch, model: PreTrainedModel) -> tuple[float, list[torch.Tenso
     return total, [parameter.grad for parameter in model.parameters()]
 
 
+def clipped_share(batch: Batch) -> float:
+    """Share, by weight, of the trained tokens whose gradient the clip stops; where the advantage is 0 there is none."""
+    stopped = total = 0.0
+    for row in batch.rows():
+        with torch.no_grad():
+            logits = batch.model(torch.from_numpy(row.tokens)[None]).logits[0, row.positions - 1]
+        logprobs = torch.log_softmax(logits / batch.temperature, -1)[range(len(logits)), row.tokens[row.positions]]
+        ratio = np.exp(logprobs.numpy() - row.logprobs)
+        low, high = batch.algorithm.clip_low, batch.algorithm.clip_high
+        clipped = ((row.advantages > 0) & (ratio > 1 + high)) | ((row.advantages < 0) & (ratio < 1 - low))
+        stopped += float(row.weights[clipped].sum())
+        total += float(row.weights.sum())
+    return stopped / total
+
+
 def gradient(learner: Learner) -> list[torch.Tensor]:
     return [parameter.grad for parameter in learner.model.parameters()]
 
@@ -141,6 +156,7 @@ def test_they_are_equal_off_policy_too_where_clips_stop_part_of_the_gradient(bat
     metrics = learner.update(moved.rows(), moved.algorithm.clip_low, moved.algorithm.clip_high)
     loss, expected = naive(moved, moved.model)
     assert 0.05 < metrics.clip_fraction < 0.95
+    assert metrics.clip_fraction == pytest.approx(clipped_share(moved), abs=1e-4)
     assert metrics.gap > 0.1
     assert metrics.loss == pytest.approx(loss, rel=1e-5, abs=1e-6)
     assert distance(gradient(learner), expected) < 1e-5

@@ -45,7 +45,7 @@ class TrainConfig:
     """Questions, and so rollout trees, per step."""
     minibatches: int = 2
     """Optimiser steps per training step, each on its share of the trees."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     """AdamW's, constant."""
     temperature: float = 1.0
     """Of sampling in training and in sampled evaluation."""
