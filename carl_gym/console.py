@@ -40,6 +40,13 @@ def show_warnings(console: Console) -> None:
     )
 
 
+def hide_model_bars() -> None:
+    """transformers draws bars of its own when it reads and writes weights, which would break into ours."""
+    from transformers.utils import logging  # slow to import, and --help should not wait for it
+
+    logging.disable_progress_bar()
+
+
 def progress_bar(console: Console, unit: str) -> Progress:
     """A bar with rate (`unit` per second) and remaining time; nothing where the output is no terminal."""
     return Progress(

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from carl_gym.agents.policy import Policy
 from carl_gym.agents.scripted import SCRIPTED, ByteTranscript
-from carl_gym.console import progress_bar, run_command, show_warnings
+from carl_gym.console import hide_model_bars, progress_bar, run_command, show_warnings
 from carl_gym.envs.cards import list_cards
 from carl_gym.envs.registration import make_task
 from carl_gym.envs.state import Question
@@ -189,6 +189,7 @@ def load_player(name: str, task: SearchTask, options: Options) -> tuple[Policy, 
 
     from carl_gym.agents.agent import load_agent
 
+    hide_model_bars()
     if options.threads:
         torch.set_num_threads(options.threads)
     agent = load_agent(name, device=options.device)

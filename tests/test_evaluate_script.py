@@ -15,12 +15,22 @@ import numpy as np
 import pytest
 
 from carl_gym.agents.agent import Agent
+from carl_gym.agents.policy import Policy
 from carl_gym.agents.scripted import SCRIPTED, ByteTranscript, RandomValidPolicy
 from carl_gym.envs.data import load_named
 from carl_gym.envs.registration import make_task
 from carl_gym.envs.task import SearchTask
 from carl_gym.rollouts import evaluation
-from carl_gym.rollouts.evaluation import bootstrap_interval, evaluate, gold_recall, held_out_first, play, summarise
+from carl_gym.rollouts.collector import Transcript
+from carl_gym.rollouts.evaluation import (
+    Episode,
+    bootstrap_interval,
+    evaluate,
+    gold_recall,
+    held_out_first,
+    play,
+    summarise,
+)
 from carl_gym.training.cli import main as train
 from scripts.evaluate import main
 
@@ -129,17 +139,24 @@ def test_a_model_is_evaluated_as_by_the_library(evaluated, tiny_agent_folder: Pa
 def test_results_do_not_depend_on_the_chunk_size(tiny_agent: Agent) -> None:
     task = make_task("carl/MiniWiki-v0", split="test", questions=25)
     questions = list(task.questions.values())
-    for policy, transcript in (
-        (RandomValidPolicy(task), ByteTranscript()), (tiny_agent.policy, tiny_agent.transcript)
-    ):  # fmt: skip
-        chunked = [
-            list(play(task, policy, transcript, questions, temperature=1.0, seed=2, chunk=chunk))
-            for chunk in (1, 7, 99)
-        ]
-        assert [len(part) for part in chunked[1]] == [7, 7, 7, 4]
-        singles, sevens, whole = (list(chain.from_iterable(parts)) for parts in chunked)
-        assert singles == sevens == whole
-        assert [episode.question_id for episode in whole] == [question.id for question in questions]
+
+    def episodes(policy: Policy, transcript: Transcript, chunk: int) -> list[Episode]:
+        parts = list(play(task, policy, transcript, questions, temperature=1.0, seed=2, chunk=chunk))
+        assert [len(part) for part in parts] == [len(questions[i : i + chunk]) for i in range(0, 25, chunk)]
+        found = list(chain.from_iterable(parts))
+        assert [episode.question_id for episode in found] == [question.id for question in questions]
+        return found
+
+    whole = episodes(RandomValidPolicy(task), ByteTranscript(), 99)
+    assert all(episodes(RandomValidPolicy(task), ByteTranscript(), chunk) == whole for chunk in (1, 7))
+    assert len({episode.actions for episode in whole}) > 20
+
+    # Rounding differs with the batch, and a draw that lies within 1e-6 of a boundary can tip: that is rare and no
+    # error. Random numbers that depended on the chunk would change nearly every episode at temperature 1.
+    whole = episodes(tiny_agent.policy, tiny_agent.transcript, 99)
+    for chunk in (1, 7):
+        same = [x == y for x, y in zip(episodes(tiny_agent.policy, tiny_agent.transcript, chunk), whole, strict=True)]
+        assert sum(same) >= 22
 
 
 def test_an_episode_that_fills_the_context_says_so(small_task: SearchTask) -> None:
@@ -152,7 +169,7 @@ def test_an_episode_that_fills_the_context_says_so(small_task: SearchTask) -> No
 
 
 def test_means_over_episodes() -> None:
-    first = evaluation.Episode("a", "?", ("x",), "answered", "x", 1.0, 1.0, 4, 2, 1, 1.0, 0.5, (("search", "x"),))
+    first = Episode("a", "?", ("x",), "answered", "x", 1.0, 1.0, 4, 2, 1, 1.0, 0.5, (("search", "x"),))
     second = dataclasses.replace(
         first, question_id="b", status="out_of_turns", answer=None, em=0.0, f1=0.0, turns=6, searches=5,
         invalid_actions=0, gold_title_recall=None, gold_title_opened=None,

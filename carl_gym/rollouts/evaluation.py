@@ -116,7 +116,8 @@ def play(
 ) -> Iterator[list[Episode]]:
     """Play one episode per question, `chunk` of them at a time, and yield every chunk when it is done.
 
-    An episode depends on its question and the seed, not on the chunk that it is in (given different questions).
+    An episode's random numbers depend on its question and the seed, not on the chunk that it is in (given different
+    questions). A model's logits differ by rounding (1e-6) from batch to batch; now and then that tips a draw.
     """
     explorer = RootExplorer(1)
     for start in range(0, len(questions), chunk):

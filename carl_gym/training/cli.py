@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from carl_gym.console import progress_bar, run_command, show_warnings
+from carl_gym.console import hide_model_bars, progress_bar, run_command, show_warnings
 from carl_gym.errors import DataError
 from carl_gym.training.config import TrainConfig
 
@@ -37,6 +37,7 @@ def run(options: Options) -> None:
     config = TrainConfig(**{name: getattr(options, name) for name in TrainConfig.__dataclass_fields__})
     from carl_gym.training.trainer import Trainer  # imports torch, which --help should not wait for
 
+    hide_model_bars()
     trainer = Trainer(config)
     console.print(
         f"[bold]{config.algorithm}[/] trains agent [bold]{config.agent}[/] on {trainer.task.source}; "
@@ -80,7 +81,7 @@ def read_summary(path: Path) -> dict[str, object]:
         summary = json.loads(path.read_text(encoding="utf-8"))
         for when in ("before", "after"):
             summary[when]["eval/sampled_em"]
-        for name in ("algorithm", "actions_generated", "actions_trained", "seconds"):
+        for name in ("algorithm", "actions_generated", "actions_trained"):
             summary[name]
         return dict(summary)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -95,7 +96,8 @@ def result_table(summaries: Sequence[Mapping[str, object]]) -> Table:
     )
     table.add_column("")
     for summary in summaries:
-        table.add_column(str(summary["algorithm"]), justify="right")
+        same = all(summary.get(name) == last[name] for name in ("env", "eval_source", "eval_questions"))
+        table.add_column(str(summary["algorithm"]) + ("" if same else "\n(other questions!)"), justify="right")
 
     def cell(summary: Mapping[str, object], when: str, name: str, low: str = "", high: str = "") -> str:
         values = summary[when]
@@ -115,5 +117,6 @@ def result_table(summaries: Sequence[Mapping[str, object]]) -> Table:
             table.add_row(f"{label}, {when}", *(cell(summary, when, name, *bounds) for summary in summaries))
     table.add_row("actions generated", *(f"{summary['actions_generated']:,}" for summary in summaries))
     table.add_row("actions trained on", *(f"{summary['actions_trained']:,}" for summary in summaries))
-    table.add_row("minutes of training", *(f"{float(str(summary['seconds'])) / 60:.1f}" for summary in summaries))
+    stored = ["-"] * (len(summaries) - 1)  # made elsewhere: their times do not compare
+    table.add_row("minutes of training", *stored, f"{float(str(last['seconds'])) / 60:.1f}")
     return table

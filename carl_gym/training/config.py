@@ -51,7 +51,7 @@ class TrainConfig:
     """Of sampling in training and in sampled evaluation."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    batch_tokens: int = 16384
+    batch_tokens: int = 8192
     """Most tokens of a micro-batch in the update."""
     train_questions: int = 2000
     """Questions to train on."""

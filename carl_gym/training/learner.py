@@ -58,7 +58,7 @@ class Learner:
         learning_rate: float,
         temperature: float = 1.0,
         max_grad_norm: float = 1.0,
-        batch_tokens: int = 16384,
+        batch_tokens: int = 8192,
         weight_decay: float = 0.0,
         autocast: torch.dtype | None = None,
     ) -> None:
