@@ -88,7 +88,10 @@ def test_a_users_card_becomes_an_environment(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"topk": 3}, r"carl/MiniWiki-v0: unknown argument 'topk' \(did you mean 'top_k'\?\); arguments: hops, index"),
+        (
+            {"topk": 3},
+            r"carl/MiniWiki-v0: unknown argument 'topk' \(did you mean 'top_k'\?\); arguments: ambiguity, distractors, hops",
+        ),
         ({"top_k": "3"}, r"top_k = '3' \(str\); expected a whole number"),
         ({"description": "x"}, "unknown argument 'description'"),
         ({"data_dir": "x"}, "unknown argument 'data_dir'"),

@@ -53,19 +53,14 @@ class RootExplorer:
 
 
 @dataclass(frozen=True, slots=True)
-class EntropyForking:
-    """Uncertainty-guided progressive forking (CARL, arXiv 2512.04949, Algorithm 1).
-
-    Phase 1 rolls out `initial` (N0) trajectories from the root. Phase 2 forks `forks` (N) times: the recorded
-    non-terminal state with the largest H / n (the lowest "action density" n / H) is rolled out once more, to
-    the end. Ties go to the lowest (trajectory number, depth). When every H is 0 there is nothing to learn by
-    forking, and the tree is complete early.
+class _Forking:
+    """Initial trajectories from the root, then forks: what forking explorers have in common.
 
     Attributes:
         initial: N0, at least 1.
         forks: N, at least 0. A complete tree has N0 + N leaves.
-        forks_per_round: 1 is the paper's order. k > 1 forks the top k states at once, by an H that does not yet
-            know of the others: more parallel, slightly stale.
+        forks_per_round: 1 is the paper's order. k > 1 forks k states at once, chosen by a tree that does not yet know
+            of the others: more parallel, slightly stale.
         root: "separate" gives each initial rollout its own root record (n = 1), the literal algorithm; "merged"
             has one root record with N0 children (n = N0).
 
@@ -79,11 +74,33 @@ class EntropyForking:
     root: RootRecord = "separate"
 
     def __post_init__(self) -> None:
-        _validate(self)
+        _require_count("initial", self.initial, at_least=1)
+        _require_count("forks", self.forks, at_least=0)
+        _require_count("forks_per_round", self.forks_per_round, at_least=1)
+        if self.root not in get_args(RootRecord):
+            raise ConfigError(f"root must be one of {', '.join(get_args(RootRecord))}, not {self.root!r}")
 
     def roots(self) -> tuple[int, ...]:
         """Phase 1."""
-        return _initial_rollouts(self)
+        return (self.initial,) if self.root == "merged" else (1,) * self.initial
+
+    def _numbers(self, tree: RolloutTree) -> range:
+        """Trajectory numbers of the forks of this round; empty when all are done."""
+        started = tree.trajectories
+        return range(started, min(started + self.forks_per_round, self.initial + self.forks))
+
+
+@dataclass(frozen=True, slots=True)
+class EntropyForking(_Forking):
+    """Uncertainty-guided progressive forking (CARL, arXiv 2512.04949, Algorithm 1).
+
+    Phase 1 rolls out `initial` (N0) trajectories from the root. Phase 2 forks `forks` (N) times: the recorded
+    non-terminal state with the largest H / n (the lowest "action density" n / H) is rolled out once more, to
+    the end. Ties go to the lowest (trajectory number, depth). When every H is 0 there is nothing to learn by
+    forking, and the tree is complete early.
+
+    Attributes and errors: `initial`, `forks`, `forks_per_round`, `root`, as `_Forking` describes them.
+    """
 
     def next(self, tree: RolloutTree) -> list[int]:
         """Phase 2: the states of largest H / n."""
@@ -92,11 +109,11 @@ class EntropyForking:
             return -tree.H(node.id) / len(node.children), node.trajectory, node.depth
 
         uncertain = (node for node in tree.recorded() if tree.H(node.id) > 0)
-        return [node.id for node in heapq.nsmallest(len(_fork_numbers(self, tree)), uncertain, key=by_density)]
+        return [node.id for node in heapq.nsmallest(len(self._numbers(tree)), uncertain, key=by_density)]
 
 
 @dataclass(frozen=True, slots=True)
-class RandomForking:
+class RandomForking(_Forking):
     """The ablation of `EntropyForking`: forks a uniformly drawn recorded non-terminal state.
 
     The draws come from the tree's seed and the number of the fork, so they are independent of the sampled actions:
@@ -106,42 +123,10 @@ class RandomForking:
     Attributes and errors are those of `EntropyForking`.
     """
 
-    initial: int = 8
-    forks: int = 16
-    forks_per_round: int = 1
-    root: RootRecord = "separate"
-
-    def __post_init__(self) -> None:
-        _validate(self)
-
-    def roots(self) -> tuple[int, ...]:
-        """Phase 1, as in `EntropyForking`."""
-        return _initial_rollouts(self)
-
     def next(self, tree: RolloutTree) -> list[int]:
         """Phase 2: independent uniform draws, with replacement."""
         recorded = sorted(tree.recorded(), key=lambda node: (node.trajectory, node.depth))
-        return [
-            random.Random(tree.seed_for("fork", number)).choice(recorded).id for number in _fork_numbers(self, tree)
-        ]
-
-
-def _initial_rollouts(explorer: EntropyForking | RandomForking) -> tuple[int, ...]:
-    return (explorer.initial,) if explorer.root == "merged" else (1,) * explorer.initial
-
-
-def _fork_numbers(explorer: EntropyForking | RandomForking, tree: RolloutTree) -> range:
-    """Trajectory numbers of the forks of this round; empty when all are done."""
-    started = tree.trajectories
-    return range(started, min(started + explorer.forks_per_round, explorer.initial + explorer.forks))
-
-
-def _validate(explorer: EntropyForking | RandomForking) -> None:
-    _require_count("initial", explorer.initial, at_least=1)
-    _require_count("forks", explorer.forks, at_least=0)
-    _require_count("forks_per_round", explorer.forks_per_round, at_least=1)
-    if explorer.root not in get_args(RootRecord):
-        raise ConfigError(f"root must be one of {', '.join(get_args(RootRecord))}, not {explorer.root!r}")
+        return [random.Random(tree.seed_for("fork", number)).choice(recorded).id for number in self._numbers(tree)]
 
 
 def _require_count(name: str, value: int, *, at_least: int) -> None:
