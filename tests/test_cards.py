@@ -90,7 +90,7 @@ def test_a_users_card_becomes_an_environment(tmp_path: Path) -> None:
     [
         (
             {"topk": 3},
-            r"carl/MiniWiki-v0: unknown argument 'topk' \(did you mean 'top_k'\?\); arguments: ambiguity, distractors, hops",
+            r"carl/MiniWiki-v0: unknown argument 'topk' \(did you mean 'top_k'\?\); arguments: ambiguity, distractors",
         ),
         ({"top_k": "3"}, r"top_k = '3' \(str\); expected a whole number"),
         ({"description": "x"}, "unknown argument 'description'"),
