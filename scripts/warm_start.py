@@ -9,9 +9,11 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from carl_gym.agents.agent import AgentCard, load_agent
+from carl_gym.agents.agent import Agent, AgentCard
 from carl_gym.agents.transcript import InlineTranscript
+from carl_gym.agents.transformers_policy import TransformersPolicy
 from carl_gym.envs.cards import load_card
+from carl_gym.envs.protocol import STOP_STRINGS
 from carl_gym.envs.registration import make_task
 from carl_gym.rollouts.evaluation import evaluate
 from carl_gym.training.warm_start import (
@@ -63,11 +65,8 @@ def main(options: Options) -> None:
         config,
         lambda step, steps, loss, rate: console.print(f"step {step}/{steps}  loss {loss:.4f}  {rate:,.0f} tokens/s"),
     )
-    model.save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
-    for name in ("generation_config.json",):
-        (options.output / name).unlink(missing_ok=True)
-    agent = load_agent("tiny" if options.output == Path("agents/tiny") else str(options.output))
+    agent = Agent(card, TransformersPolicy(model, tokenizer, STOP_STRINGS), transcript)
+    agent.save(options.output)
     task = make_task("carl/MiniWiki-v0", split="test", questions=options.questions)
     for temperature in (1.0, 0.0):
         scores = evaluate(task, agent.policy, agent.transcript, list(task.questions.values()), temperature=temperature)

@@ -88,7 +88,7 @@ class ToyPolicy:
         return [self.act(request, random.Random(request.seed)) for request in requests]
 
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        raise NotImplementedError
+        raise AssertionError("collecting never scores")
 
     def sync(self, weights: Mapping[str, object] | None = None) -> None:
         self.version += 1

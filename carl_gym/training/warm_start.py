@@ -160,7 +160,7 @@ def train(
     """Imitate the examples; `report(step, steps, loss per action token, tokens per second)` is called now and then."""
     rng = random.Random(config.seed)
     batches = [batch for _ in range(config.epochs) for batch in _batches(examples, config.batch_tokens, rng)]
-    # Muon on the hidden matrices halves the steps to a given loss against AdamW alone (measured; see docs/training.md).
+    # Muon takes the hidden matrices, as it is meant to; embeddings and norms stay with AdamW.
     hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not h for h in hidden)]
     optimizers: list[torch.optim.Optimizer] = [
