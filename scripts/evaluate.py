@@ -1,88 +1,127 @@
-"""Evaluate agents side by side on the same questions: `python scripts/evaluate.py --help`."""
+"""Evaluate agents side by side on the same questions: `python scripts/evaluate.py --help`, and docs/evaluation.md."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from carl_gym.agents.policy import Policy
+from carl_gym.agents.card import resolve
+from carl_gym.agents.policy import Policy, Transcript
 from carl_gym.agents.scripted import SCRIPTED, ByteTranscript
-from carl_gym.cards import list_cards, parse_assignments
-from carl_gym.console import hide_model_bars, progress_bar, run_command, show_warnings
-from carl_gym.envs.registration import make_task
-from carl_gym.envs.state import Question
+from carl_gym.cards import list_cards
+from carl_gym.console import hide_model_bars, run_command, show_warnings
+from carl_gym.envs.judge import Judge, JudgeSettings
 from carl_gym.envs.task import SearchTask
 from carl_gym.errors import ConfigError
-from carl_gym.rollouts.collector import Transcript
-from carl_gym.rollouts.evaluation import (
-    Episode,
-    Evaluation,
-    gold_recall,
-    held_out_first,
-    play,
-    retrieval_setting,
-    summarise,
-)
+from carl_gym.evaluation.environments import Environment, load_environments
+from carl_gym.evaluation.episodes import CHUNK, play
+from carl_gym.evaluation.progress import ProgressTable
+from carl_gym.evaluation.report import describe, markdown, overview_table, result_table
+from carl_gym.evaluation.results import agent_result, evaluation_of
+from carl_gym.evaluation.store import EPISODES_FILE, RUNS_FILE, EpisodeStore, check_unused
+from carl_gym.files import write_json
 from carl_gym.tracking.mlflow_tracker import MlflowTracker
-from carl_gym.training.config import write_json
 
 EXPERIMENT = "carl-gym"
-EPISODES_FILE = "episodes.jsonl"
 SUMMARY_FILE = "summary.json"
+MARKDOWN_FILE = "summary.md"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Play one episode per question with each agent, and compare EM, F1 and how they were reached."""
+    """Play episodes with each agent in each environment, and compare EM, F1 and how they were reached."""
 
     agents: tuple[str, ...] = ("oracle", "heuristic", "tiny")
     """oracle, heuristic, random; or an agent card, model folder (such as a checkpoint) or hub id."""
-    env: str = "carl/HotpotQA-v0"
-    """Environment id."""
+    envs: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--env",))] = ("carl/HotpotQA-v0",)
+    """Environment ids."""
     data_dir: str | None = None
-    """Folder with questions.jsonl and corpus.jsonl, for environments on real data."""
+    """Folder with questions.jsonl and corpus.jsonl, for an environment on real data."""
     env_args: tuple[str, ...] = ()
-    """Arguments of the environment as key=value, such as `index=hybrid top_k=10 source_split=dev`."""
+    """Arguments for every environment that takes them as key=value, such as `index=hybrid top_k=10 source_split=dev`;
+    for one environment as id:key=value."""
     split: str | None = None
     """MiniWiki: test (the default) or train. Others: the split in the original data, such as dev; all by default."""
     world: int | None = None
     """MiniWiki: seed of the world."""
     questions: int = 0
-    """How many questions, those first that training holds out; 0 for all."""
+    """How many questions per environment, those first that training holds out; 0 for all."""
+    samples: int = 1
+    """Episodes per question: scores are means over them (avg@k), and pass@k is reported."""
     temperature: float = 1.0
     """Of sampling; 0 is greedy."""
     seed: int = 0
     """Of all random numbers."""
+    backend: Literal["transformers", "vllm", "vllm-server", "openai"] | None = None
+    """What runs the models, in place of what the agent's card says."""
+    urls: tuple[str, ...] = ()
+    """Addresses of the servers of vllm-server and openai, in place of the card's."""
     device: str | None = None
     """cuda, cpu, ...; a GPU where there is one, by default."""
+    chunk: int = CHUNK
+    """Episodes that are played at once, and kept when all of them are over: the most that a kill can cost."""
     threads: int | None = None
     """CPU threads of torch."""
+    judge: tuple[str, str] | None = None
+    """URL and model of an LLM judge, such as `http://127.0.0.1:8000/v1 Qwen/Qwen2.5-72B-Instruct`; its key is read
+    from OPENAI_API_KEY."""
+    price_in: float | None = None
+    """Price of a million prompt tokens; with --price-out, the cost per question is reported."""
+    price_out: float | None = None
+    """Price of a million generated tokens."""
     output_dir: Path | None = None
     """Where config, episodes and summary go; by default runs/evaluation-<date>-<time>-<process>."""
+    resume: bool = False
+    """Go on with the evaluation in --output-dir: episodes that are there are not played again."""
     tracking_uri: str | None = None
-    """MLflow store to log to, a run per agent; nothing is logged unless this or --experiment is given."""
+    """MLflow store to log to, a run per agent and environment. Nothing is logged unless this or --experiment is
+    given."""
     experiment: str | None = None
     """MLflow experiment to log to, by default in an SQLite file beside the output directory."""
 
     def __post_init__(self) -> None:
-        if not self.agents or len(set(self.agents)) < len(self.agents):
-            raise ConfigError(f"--agents {' '.join(self.agents)}: name at least one agent, and each once")
+        for name in ("agents", "envs"):
+            given = getattr(self, name)
+            if not given or len(set(given)) < len(given):
+                raise ConfigError(f"--{name} {' '.join(given)}: name at least one, and each once")
         if self.questions < 0 or self.temperature < 0 or not math.isfinite(self.temperature):
             raise ConfigError(
                 f"--questions ({self.questions}) and --temperature ({self.temperature}) must be numbers >= 0"
             )
+        if self.samples < 1 or (self.samples > 1 and not self.temperature):
+            raise ConfigError(
+                f"--samples {self.samples} at --temperature {self.temperature:g}: at least 1, and greedy episodes of a "
+                "question are all the same, so more need a temperature above 0"
+            )
+        prices = (self.price_in, self.price_out)
+        if prices != (None, None) and not all(p is not None and 0 <= p < math.inf for p in prices):
+            raise ConfigError(f"--price-in ({prices[0]}) and --price-out ({prices[1]}): give both, numbers >= 0")
+        for name in ("chunk", "threads"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ConfigError(f"--{name} ({number}) must be at least 1")
+        if self.resume and self.output_dir is None:
+            raise ConfigError("--resume goes on with the evaluation in --output-dir; name it")
+
+    @property
+    def prices(self) -> tuple[float, float] | None:
+        """Of a million prompt tokens and of a million generated ones."""
+        return None if self.price_in is None or self.price_out is None else (self.price_in, self.price_out)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values by name."""
+        return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(self).items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,74 +129,80 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def evaluate(options: Options) -> None:
-    """Whatever can be wrong with the options comes out before the first file is written."""
+    """Whatever can be wrong with options and data comes out before the first file is written."""
     console = Console()
     show_warnings(console)
     folder = options.output_dir or Path(time.strftime(f"runs/evaluation-%Y%m%d-%H%M%S-{os.getpid()}"))
-    check_unused(folder)
+    if not options.resume:
+        check_unused(folder)  # before data is loaded for nothing
     for name in options.agents:
-        check_agent(name)
-    task = load_task(options)
-    questions = choose(task, options.questions)
-    players = {name: load_player(name, task, options) for name in options.agents}
-    setting, recall = retrieval_setting(task), gold_recall(task, questions)
-    summary = {
-        "env": task.label,
-        "questions": len(questions),
-        "temperature": options.temperature,
-        "seed": options.seed,
-        **setting,
-        "gold_recall_at_10": recall,
-    }
-    config = asdict(options) | {"output_dir": str(folder)}
-    create(folder)
-    results = []
+        check_agent(name, options.backend)
+    judge_settings = JudgeSettings(*options.judge) if options.judge else None
+    environments = load_environments(
+        options.envs,
+        count=options.questions,
+        split=options.split,
+        data_dir=options.data_dir,
+        world=options.world,
+        assignments=options.env_args,
+    )
+    settings = {environment.label: environment.setting for environment in environments}
+    config = options.as_dict() | {"output_dir": str(folder), "settings": settings}
+    pairs = [(environment, agent) for agent in options.agents for environment in environments]
     with ExitStack() as stack:
-        trackers = {name: stack.enter_context(tracker(options, folder, name, summary)) for name in tracked(options)}
-        write_json(folder / "config.json", config)
-        file = stack.enter_context((folder / EPISODES_FILE).open("w", encoding="utf-8"))
-        console.print(describe(setting, recall), highlight=False, soft_wrap=True, markup=False)
-        bar = stack.enter_context(progress_bar(console, "questions"))
-        jobs = {name: bar.add_task(name, total=len(questions), start=False) for name in players}
-        for name, (policy, transcript) in players.items():
-            bar.start_task(jobs[name])
-            episodes: list[Episode] = []
-            started = time.perf_counter()
-            for part in play(task, policy, transcript, questions, temperature=options.temperature, seed=options.seed):
-                file.writelines(json.dumps({"agent": name, **asdict(e)}, ensure_ascii=False) + "\n" for e in part)
-                episodes += part
-                seconds = time.perf_counter() - started
-                bar.update(jobs[name], completed=len(episodes))
-                if not console.is_terminal:
-                    line = progress_line(name, len(episodes), len(questions), seconds)
-                    console.print(line, highlight=False, soft_wrap=True, markup=False)
-            found = summarise(episodes)
-            results.append(result(name, found, seconds))
-            if name in trackers:
-                kind = "sampled" if options.temperature else "greedy"
-                trackers[name].log_step(0, found.metrics(f"eval/{kind}") | {"time/evaluation": seconds})
-        write_json(folder / SUMMARY_FILE, {**summary, "results": results, "config": config})
-        for run in trackers.values():
-            file.flush()
-            for path in (EPISODES_FILE, SUMMARY_FILE):
-                run.log_artifact(folder / path)
-    console.print(result_table(summary, results))
-    console.print(f"config, episodes and summary: {folder}", highlight=False, soft_wrap=True, markup=False)
+        store = stack.enter_context(EpisodeStore(folder, config, resume=options.resume))
+        runs = {(e.label, a): stack.enter_context(start_run(e, a, options, folder)) for e, a in tracked(options, pairs)}
+        store.open()
+        if runs:
+            write_json(folder / RUNS_FILE, [[*pair, run.run_id] for pair, run in runs.items()])
+        judge = stack.enter_context(Judge(judge_settings)) if judge_settings else None
+        for environment in environments:
+            show(console, describe(environment.as_dict()))
+        with ProgressTable(console, ((e.label, a, len(e.questions) * options.samples) for e, a in pairs)) as table:
+            for agent in options.agents:
+                play_agent(agent, environments, store, table, judge, options)
+        summary = summary_of(environments, store, options) | {"config": config}
+        write_json(folder / SUMMARY_FILE, summary)
+        (folder / MARKDOWN_FILE).write_text(markdown(summary), encoding="utf-8")
+        for environment in summary["environments"]:
+            for found in environment["results"]:
+                if run := runs.get((environment["env"], found["agent"])):
+                    log(run, found, options, folder)
+    for environment in summary["environments"]:
+        console.print(result_table(environment, summary))
+    if len(environments) > 1:
+        console.print(overview_table(summary))
+    show(console, f"config, episodes and summary: {folder}")
 
 
-def check_unused(folder: Path) -> None:
-    """Raises ConfigError when something is there already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(
-            f"{folder} is not an empty folder (it may hold another evaluation); pass another --output-dir"
-        )
+def summary_of(environments: Sequence[Environment], store: EpisodeStore, options: Options) -> dict[str, Any]:
+    """What summary.json holds."""
+
+    def results(environment: Environment) -> list[dict[str, Any]]:
+        played = ((agent, store.of(environment.label, agent)) for agent in options.agents)
+        return [agent_result(agent, environment, records, options.prices) for agent, records in played]
+
+    return {
+        "temperature": options.temperature,
+        "samples": options.samples,
+        "seed": options.seed,
+        "judge": options.judge[1] if options.judge else None,
+        "environments": [environment.as_dict() | {"results": results(environment)} for environment in environments],
+    }
 
 
-def check_agent(name: str) -> None:
-    """Raises ConfigError on a name that can be nothing, before the hub is asked for it."""
+def show(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def check_agent(name: str, backend: str | None) -> None:
+    """Raises ConfigError on a name that can be nothing, before the hub is asked for it, and CardError on a bad card."""
     known = [*SCRIPTED, *list_cards("agents")]
     may_be_on_hub = name.count("/") == 1 and name[0] not in "./~"
-    if name in known or may_be_on_hub or Path(name).exists():
+    if name in SCRIPTED:
+        return
+    if name in known or may_be_on_hub or backend == "openai" or Path(name).exists():  # hosts have names of their own
+        resolve(name)
         return
     close = difflib.get_close_matches(name, known, n=1)
     suggestion = f" (did you mean {close[0]!r}?)" if close else ""
@@ -166,30 +211,65 @@ def check_agent(name: str) -> None:
     )
 
 
-def load_task(options: Options) -> SearchTask:
-    """The environment's task; MiniWiki's test split, and no more questions than asked for, unless told otherwise."""
-    arguments: dict[str, object] = {"data_dir": options.data_dir, "world": options.world}
-    if options.env.endswith("MiniWiki-v0"):
-        arguments |= {"split": options.split or "test", "questions": options.questions or None}
-    else:
-        arguments |= {"source_split": options.split}
-    given = {name: value for name, value in arguments.items() if value is not None}
-    return make_task(options.env, **given | parse_assignments(options.env_args))
+# --- playing ----------------------------------------------------------------------------------------------------------
 
 
-def choose(task: SearchTask, count: int) -> list[Question]:
-    """The first `count` held-out questions, all for 0."""
-    if count > len(task.questions):
-        raise ConfigError(
-            f"--questions {count}, but {task.source} has only {len(task.questions)}; lower it, or 0 for all of them"
-        )
-    return held_out_first(task.questions.values())[: count or None]
+def play_agent(
+    agent: str,
+    environments: Sequence[Environment],
+    store: EpisodeStore,
+    table: ProgressTable,
+    judge: Judge | None,
+    options: Options,
+) -> None:
+    """What is missing of an agent in all environments. Its model is loaded once, and not at all when all is there."""
+    by_tools: dict[tuple[str, ...], list[Environment]] = {}
+    for environment in environments:
+        there = [record.episode for record in store.of(environment.label, agent)]
+        table.restore(environment.label, agent, there)
+        if len(there) < len(environment.questions) * options.samples:
+            by_tools.setdefault(environment.task.card.tools, []).append(environment)
+    for group in by_tools.values():  # a chat model is told about its tools when it is loaded
+        play_group(agent, group, store, table, judge, options)
 
 
-def load_player(name: str, task: SearchTask, options: Options) -> tuple[Policy, Transcript]:
-    """A scripted policy by its name, a model by its card, folder or hub id."""
+def play_group(
+    agent: str,
+    environments: Sequence[Environment],
+    store: EpisodeStore,
+    table: ProgressTable,
+    judge: Judge | None,
+    options: Options,
+) -> None:
+    """What is missing in environments with the same tools."""
+    with player(agent, environments[0].task.card.tools, options) as acting_in:
+        for environment in environments:
+            label = environment.label
+            there = {(record.episode.question_id, record.episode.sample) for record in store.of(label, agent)}
+            left = [q for q in environment.questions if any((q.id, n) not in there for n in range(options.samples))]
+            policy, transcript = acting_in(environment.task)
+            parts = play(
+                environment.task, policy, transcript, left,
+                temperature=options.temperature, seed=options.seed, samples=options.samples, chunk=options.chunk,
+                judge=judge,
+            )  # fmt: skip
+            started = time.perf_counter()
+            for part in parts:
+                new = [episode for episode in part if (episode.question_id, episode.sample) not in there]
+                seconds = time.perf_counter() - started
+                store.append(label, agent, new, seconds)
+                table.update(label, agent, new, seconds)
+                started = time.perf_counter()
+
+
+@contextmanager
+def player(
+    name: str, tools: Sequence[str], options: Options
+) -> Iterator[Callable[[SearchTask], tuple[Policy, Transcript]]]:
+    """What acts in a task: a scripted policy by its name, a model by its card, folder or hub id."""
     if name in SCRIPTED:
-        return SCRIPTED[name](task), ByteTranscript()
+        yield lambda task: (SCRIPTED[name](task), ByteTranscript())
+        return
     import torch  # --help and scripted agents should not wait for it
 
     from carl_gym.agents.agent import load_agent
@@ -197,83 +277,56 @@ def load_player(name: str, task: SearchTask, options: Options) -> tuple[Policy, 
     hide_model_bars()
     if options.threads:
         torch.set_num_threads(options.threads)
-    agent = load_agent(name, device=options.device)
-    return agent.policy, agent.transcript
-
-
-def create(folder: Path) -> None:
-    """Make the output folder. Raises ConfigError."""
+    agent = load_agent(
+        name, device=options.device, backend=options.backend, urls=options.urls, tools=tools, trainable=False
+    )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be made ({error}); pass another --output-dir") from error
+        yield lambda task: (agent.policy, agent.transcript)
+    finally:
+        if close := getattr(agent.policy, "close", None):  # servers' connections
+            close()
 
 
-def tracked(options: Options) -> tuple[str, ...]:
-    """The agents that get an MLflow run: all, if tracking was asked for."""
-    return options.agents if options.tracking_uri is not None or options.experiment is not None else ()
+# --- MLflow -----------------------------------------------------------------------------------------------------------
 
 
-def tracker(options: Options, folder: Path, agent: str, params: Mapping[str, object]) -> MlflowTracker:
-    """A new MLflow run for an agent."""
+def tracked(options: Options, pairs: Sequence[tuple[Environment, str]]) -> Sequence[tuple[Environment, str]]:
+    """What gets an MLflow run: all, if tracking was asked for."""
+    return pairs if options.tracking_uri is not None or options.experiment is not None else ()
+
+
+def start_run(environment: Environment, agent: str, options: Options, folder: Path) -> MlflowTracker:
+    """The MLflow run of an agent in an environment; that of a resumed evaluation goes on."""
+    path = folder / RUNS_FILE
+    known = json.loads(path.read_text(encoding="utf-8")) if options.resume and path.is_file() else []
+    ids = {(label, name): run_id for label, name, run_id in known}
     return MlflowTracker(
         options.tracking_uri,
         options.experiment or EXPERIMENT,
         output_dir=folder,
-        params={"agent": agent, **params},
-        run_name=f"evaluate {agent}",
+        params={
+            "agent": agent,
+            "env": environment.label,
+            "temperature": options.temperature,
+            "samples": options.samples,
+            "seed": options.seed,
+            **environment.setting,
+            "gold_recall_at_10": environment.gold_recall_at_10,
+        },
+        run_name=f"evaluate {agent} in {environment.label}",
+        run_id=ids.get((environment.label, agent)),
     )
 
 
-def result(agent: str, found: Evaluation, seconds: float) -> dict[str, object]:
-    """JSON values; None for what the data cannot tell."""
-    values = {name: None if math.isnan(value) else value for name, value in asdict(found).items()}
-    return {"agent": agent, **values, "seconds": round(seconds, 3)}
-
-
-def progress_line(agent: str, done: int, total: int, seconds: float) -> str:
-    left = seconds / done * (total - done)
-    return f"{agent}: {done}/{total} questions, {done / seconds:,.1f} questions/s, {left:,.0f} s left"
-
-
-def describe(setting: Mapping[str, object], recall: float | None) -> str:
-    """Data and retriever: scores compare only where these are equal."""
-    found = "none: the data names no supporting titles" if recall is None else f"{recall:.3f}"
-    return (
-        f"data: {setting['source']}\n"
-        f"retriever: {setting['retriever']} ({setting['index']}), top "
-        f"{setting['top_k']}; corpus {setting['corpus_fingerprint']} ({setting['corpus_passages']:,} passages); "
-        f"gold recall@10 of the questions as queries: {found}"
-    )
-
-
-def result_table(summary: Mapping[str, object], results: Sequence[Mapping[str, object]]) -> Table:
-    """A column per agent; intervals are bootstrapped over questions."""
-    title = f"{summary['env']}: {summary['questions']} questions, temperature {summary['temperature']:g}"
-    table = Table(title=title, caption=str(summary["source"]))
-    table.add_column("")
-    for row in results:
-        table.add_column(Text(str(row["agent"])), justify="right", overflow="fold")
-
-    def add(label: str, *names: str, scale: float = 100.0, digits: int = 1) -> None:
-        cells = []
-        for row in results:
-            values = [row[name] for name in names]
-            known = [f"{scale * value:.{digits}f}" for value in values if isinstance(value, (int, float))]
-            cells.append("-" if not known else known[0] if len(names) == 1 else f"[{', '.join(known)}]")
-        table.add_row(label, *map(Text, cells))
-
-    for score in ("em", "f1"):
-        add(f"{score.upper()} %", score)
-        add("  95 % interval", f"{score}_low", f"{score}_high")
-    add("turns", "turns", scale=1, digits=2)
-    add("searches", "searches", scale=1, digits=2)
-    add("invalid actions %", "invalid")
-    add("gold found %", "gold_title_recall")
-    add("gold opened %", "gold_title_opened")
-    add("answered %", "answered")
-    add("seconds", "seconds", scale=1)
-    return table
+def log(run: MlflowTracker, found: Mapping[str, Any], options: Options, folder: Path) -> None:
+    """Scores and files of an agent in an environment."""
+    kind = "sampled" if options.temperature else "greedy"
+    metrics = evaluation_of(found).metrics(f"eval/{kind}") | {"time/evaluation": found["seconds"]}
+    if found["cost_per_question"] is not None:
+        metrics["eval/cost_per_question"] = found["cost_per_question"]
+    run.log_step(0, metrics)
+    for name in (EPISODES_FILE, SUMMARY_FILE, MARKDOWN_FILE):
+        run.log_artifact(folder / name)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from carl_gym.agents.transformers_policy import TransformersPolicy
 from carl_gym.cards import load_card
 from carl_gym.envs.protocol import STOP_STRINGS
 from carl_gym.envs.registration import make_task
-from carl_gym.rollouts.evaluation import evaluate
+from carl_gym.evaluation import evaluate
 from carl_gym.training.warm_start import (
     WarmStartConfig,
     build_model,
@@ -65,7 +65,7 @@ def main(options: Options) -> None:
         config,
         lambda step, steps, loss, rate: console.print(f"step {step}/{steps}  loss {loss:.4f}  {rate:,.0f} tokens/s"),
     )
-    agent = Agent(card, TransformersPolicy(model, tokenizer, STOP_STRINGS), transcript)
+    agent = Agent(card, TransformersPolicy(model, tokenizer, STOP_STRINGS), transcript, model, tokenizer)
     agent.save(options.output)
     task = make_task("carl/MiniWiki-v0", split="test", questions=options.questions)
     for temperature in (1.0, 0.0):

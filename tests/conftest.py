@@ -99,7 +99,7 @@ def tiny_agent_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(model, encode(traces, transcript, config.observation_weight), config, lambda *_: None)
     folder = tmp_path_factory.mktemp("agents") / "test"
     folder.mkdir()
-    Agent(card, TransformersPolicy(model, tokenizer, STOP_STRINGS), transcript).save(folder)
+    Agent(card, TransformersPolicy(model, tokenizer, STOP_STRINGS), transcript, model, tokenizer).save(folder)
     return folder
 
 

@@ -71,7 +71,7 @@ class ByteTranscript:
     def prompt(self, question_text: str) -> tuple[int, ...]:
         return tuple(question_text.encode())
 
-    def observation(self, text: str) -> tuple[int, ...]:
+    def observation(self, text: str, action: Sequence[int] = ()) -> tuple[int, ...]:
         return tuple(text.encode())
 
 

@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_templates import CHATML
 from model_toys import plain_logprobs
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from carl_gym.agents.agent import CARD_FILE, INSTRUCTION, Agent, AgentCard, load_agent
+from carl_gym.agents.agent import CARD_FILE, Agent, AgentCard, load_agent
+from carl_gym.agents.chat_transcript import INSTRUCTION
 from carl_gym.agents.policy import SampleRequest
 from carl_gym.cards import load_card
+from carl_gym.envs.registration import make_task
 from carl_gym.errors import CardError, PolicyError
+from carl_gym.rollouts import EntropyForking, collect
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 WEIGHTS = "model.safetensors"
 
 
@@ -68,8 +69,11 @@ def test_saved_and_loaded_it_is_the_same_agent(tiny_agent: Agent, tmp_path: Path
 def test_a_card_of_any_text_survives_saving(tiny_agent: Agent, tmp_path: Path) -> None:
     hard = 'a "quoted" \\ backslash\ttab\r\nline \x00\x1b\x7f\x85\u2028 é 🏴 \'\'\' """ {observation} # no comment'
     card = replace(tiny_agent.card, description=hard, prompt=hard, observation=hard, max_tokens=7, context=99)
-    Agent(card, tiny_agent.policy, tiny_agent.transcript).save(tmp_path)
-    assert load_card("agents", tmp_path / CARD_FILE, AgentCard) == replace(card, model=".")
+    chat = replace(card, transcript="chat", system=hard, tool_role="tool", tool_format="json", thinking=False)
+    served = replace(card, backend="vllm-server", urls=("http://a:1", "https://b"), dtype="bfloat16")
+    for written in (card, chat, served):
+        replace(tiny_agent, card=written).save(tmp_path)
+        assert load_card("agents", tmp_path / CARD_FILE, AgentCard) == replace(written, model=".")
 
 
 def test_by_card_file_with_the_model_beside_it(folder: Path, tiny_agent: Agent) -> None:
@@ -125,6 +129,33 @@ def test_without_a_card_the_chat_template_is_the_prompt(folder: Path, tmp_path: 
     assert agent.policy.sample([SampleRequest(prompt, 0, max_tokens=4)])[0].token_ids
     agent.save(tmp_path / "saved")
     assert_same_agent(agent, load_agent(str(tmp_path / "saved"), device="cpu"))
+
+
+def test_a_chat_agent_plays(folder: Path) -> None:
+    """From a card to trees: every turn of the agent ends exactly once, whether it was cut or said so itself."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    model.resize_token_embeddings(len(tokenizer))
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    card = 'id = "c"\ndescription = ""\nmodel = "."\ntranscript = "chat"\nthinking = false\nmax_tokens = 24\n'
+    (folder / CARD_FILE).write_text(card)
+    agent = load_agent(str(folder), device="cpu", tools=["search", "answer"])
+    task = make_task("carl/MiniWiki-v0", questions=2)
+    questions = list(task.questions.values())
+    trees = collect(task, agent.policy, agent.transcript, questions, EntropyForking(2, 4), seed=0, step=0)
+    end = tokenizer.eos_token_id
+    for tree in trees:
+        for node in tree.nodes:
+            if node.parent is None:
+                said = tokenizer.decode(tree.prefix(node.id))
+                assert "<search>query</search>" in said and "<access>" not in said
+            elif not node.terminal:
+                now, before = tree.prefix(node.id), tree.prefix(node.parent)
+                assert now[: len(before)] == before
+                assert now.count(end) == before.count(end) + 2
 
 
 # What does not

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from carl_gym.retrieval import analysis
-from carl_gym.retrieval.analysis import Analyzer, Encoder, words
+from carl_gym.retrieval.analysis import Encoder, QueryEncoder, analyze, words
 
 # What Lucene 10's EnglishAnalyzer (Anserini's DefaultEnglishAnalyzer) gives for these texts.
 LUCENE = {
@@ -28,7 +28,7 @@ LUCENE = {
 
 @pytest.mark.parametrize("text", LUCENE)
 def test_terms_are_those_of_lucene(text: str) -> None:
-    assert Analyzer()(text) == LUCENE[text].split()
+    assert analyze(text) == LUCENE[text].split()
 
 
 def test_long_words_are_cut() -> None:
@@ -47,7 +47,7 @@ def test_any_text_can_be_analysed_and_an_encoder_numbers_the_same_terms(text: st
     vocabulary: dict[str, int] = {}
     numbers = [number for number in Encoder(vocabulary)(text) if number >= 0]
     terms = list(vocabulary)
-    assert [terms[number] for number in numbers] == Analyzer()(text)
+    assert [terms[number] for number in numbers] == analyze(text)
 
 
 def test_a_megabyte_without_a_blank_is_analysed_in_linear_time() -> None:
@@ -55,9 +55,25 @@ def test_a_megabyte_without_a_blank_is_analysed_in_linear_time() -> None:
         assert "".join(words(text)).replace("'", "") in text.replace("'", "")
 
 
+def test_queries_are_numbered_by_the_terms_that_the_vocabulary_has() -> None:
+    encode = QueryEncoder({"dog": 7, "run": 3})
+    numbers, offsets = encode(["Running dogs run", "", "cats of the", "dog-run\tcat Dog"])
+    assert numbers.tolist() == [3, 7, 3, 7, 3, 7] and offsets.tolist() == [0, 3, 3, 3, 6]
+    numbers, offsets = encode([])
+    assert numbers.tolist() == [] and offsets.tolist() == [0]
+
+
+@given(st.lists(st.text(max_size=30), max_size=5))
+def test_a_query_gets_the_numbers_of_its_terms(texts: list[str]) -> None:
+    terms = [analyze(text) for text in texts]
+    vocabulary = {term: number for number, term in enumerate(sorted(set(sum(terms, []))))}
+    numbers, offsets = QueryEncoder(vocabulary)(texts)
+    found = [numbers[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+    assert found == [[vocabulary[term] for term in words] for words in terms]
+
+
 def test_a_full_memo_still_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(analysis, "_MEMO", 1)
-    analyze = Analyzer()
-    assert (
-        analyze("running dogs the running dogs") == ["run", "dog", "run", "dog"] == analyze("running dogs running dogs")
-    )
+    encode = QueryEncoder({"run": 0, "dog": 1})
+    for _ in range(2):
+        assert encode(["running dogs the running dogs"])[0].tolist() == [0, 1, 0, 1]

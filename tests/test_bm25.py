@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from carl_gym.errors import ConfigError
 from carl_gym.retrieval import Corpus, Passage, SearchResults, bm25, make_retriever
+from carl_gym.retrieval.analysis import analyze
 from carl_gym.retrieval.bm25 import BM25, BM25Settings
 
 PASSAGES = [
@@ -119,6 +120,26 @@ def test_the_compiled_search_equals_numpy_to_the_bit(texts: list[str], queries: 
         assert retriever.search(queries, k) == expected
 
 
+@pytest.mark.parametrize("k", [1, 5, 100, 2000, 5000])
+@pytest.mark.parametrize("distinct", [40, 2000])
+def test_common_terms_ties_and_repetitions_change_nothing_for_the_compiled_search(distinct: int, k: int) -> None:
+    """Words from everywhere to nowhere; with 40 distinct passages there are 50 of each, so every place is tied for."""
+    pytest.importorskip("numba", reason="the compiled search needs carl-gym[fast]")
+    rng = np.random.default_rng(distinct)
+    share = 1 / np.arange(1, 301) ** 1.2
+    texts = [" ".join(f"w{i}" for i in rng.choice(300, 20, p=share / share.sum())) for _ in range(distinct)]
+    retriever = BM25(corpus_of([texts[i] for i in rng.permutation(2000) % distinct]))
+    queries = [" ".join(f"w{i}" for i in rng.integers(0, 310, size)) for size in rng.integers(0, 15, 40)]
+    queries += ["w0 w1 w2", "w0", "w299 w0", "w0 w0 w0 w250", "", "nothing"]  # common terms alone; rare with common
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bm25, "_kernel_for", lambda work: None)
+        expected = retriever.search(queries, k)
+        patch.setattr(bm25, "_kernel_for", lambda work: bm25._kernel())
+        for _ in range(2):  # again with what it remembers of the terms
+            assert retriever.search(queries, k) == expected
+    assert any(len(ids) == min(k, 2000) for ids in expected.ids) and expected.ids[-2:] == [[], []]
+
+
 @settings(max_examples=30, deadline=None)
 @given(passage_texts)
 def test_the_index_is_the_one_that_bm25s_builds(texts: list[str]) -> None:
@@ -126,7 +147,7 @@ def test_the_index_is_the_one_that_bm25s_builds(texts: list[str]) -> None:
 
     corpus, index = corpus_of(texts), BM25(corpus_of(texts))._index
     vocabulary = index.vocabulary
-    documents = [[vocabulary[t] for t in bm25.Analyzer()(p.text)] for p in corpus]
+    documents = [[vocabulary[t] for t in analyze(p.text)] for p in corpus]
     if not any(documents):
         return  # bm25s divides by the mean length
     reference = bm25s.BM25(k1=0.9, b=0.4, method="lucene")

@@ -7,7 +7,7 @@ import itertools
 import pytest
 from rollout_toys import STOP, ByteTranscript, PathTask, ToyPolicy, action, path, questions, random_policy
 
-from carl_gym.agents.policy import Completion
+from carl_gym.agents.policy import Completion, Transcript
 from carl_gym.errors import ConfigError, PolicyError
 from carl_gym.rollouts import (
     EntropyForking,
@@ -16,7 +16,6 @@ from carl_gym.rollouts import (
     RolloutTree,
     RootExplorer,
     Timings,
-    Transcript,
     collect,
 )
 from carl_gym.rollouts.collector import MIN_ACTION_TOKENS

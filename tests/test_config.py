@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from carl_gym.errors import ConfigError
+from carl_gym.files import write_json
 from carl_gym.training.config import (
     CONFIG_FILE,
     MAY_CHANGE,
     TrainConfig,
     check_output_dir,
     claim_output_dir,
-    write_json,
 )
 
 

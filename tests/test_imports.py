@@ -33,6 +33,7 @@ def modules_after(statement: str) -> set[str]:
         "import gymnasium\ngymnasium.make('carl_gym:carl/MiniWiki-v0').reset(seed=0)",
         "import carl_gym.tracking.mlflow_tracker, carl_gym.tracking.tree_figure, carl_gym.tracking.curves",
         "import carl_gym.rollouts.collector, carl_gym.algorithms",
+        "import carl_gym.agents.openai_policy",
     ],
 )
 def test_heavy_libraries_stay_out(statement):

@@ -16,7 +16,7 @@ from carl_gym.agents.scripted import ByteTranscript, OraclePolicy
 from carl_gym.envs.miniwiki import BOILERPLATE, COUNTS, World, generate, vocabulary
 from carl_gym.envs.registration import make_task
 from carl_gym.errors import ConfigError
-from carl_gym.rollouts.evaluation import evaluate
+from carl_gym.evaluation import evaluate
 
 HOPS = (2, 3, 4)
 RELATIONS = vocabulary()["relations"]

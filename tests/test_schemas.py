@@ -46,7 +46,10 @@ HOTPOTQA_HUB = {
     },
 }
 BOTH = Example(
-    Question(HOTPOTQA["_id"], HOTPOTQA["question"], ("no",), ("North Bridge", "South Bridge"), "comparison"), BRIDGES
+    Question(
+        HOTPOTQA["_id"], HOTPOTQA["question"], ("no",), ("North Bridge", "South Bridge"), "comparison", level="hard"
+    ),
+    BRIDGES,
 )
 
 TWOWIKI = {

@@ -82,7 +82,9 @@ def test_counts_add_up(run):
         assert 3 * (2 + 1) <= trained <= 3 * 2 * 2  # N + 1 <= |D_upd| <= 2 N
         assert 0 < row["rollout/actions_with_advantage"] <= trained
         assert row["time/sample"] + row["time/environment"] <= row["time/rollout"]
-        assert row["seconds"] - before["seconds"] == pytest.approx(row["time/rollout"] + row["time/update"])
+        assert row["seconds"] - before["seconds"] == pytest.approx(
+            row["time/rollout"] + row["time/update"] + row["time/sync"]
+        )
 
 
 def test_the_sampler_has_the_weights_that_the_learner_starts_from(run):

@@ -1,58 +1,40 @@
 """From an agent's card, model folder or hub id to something that acts: policy, transcript and model.
 
-A card (agents/*.toml, or `agent.toml` in a model folder) says which model it is and how texts become its tokens. A
-model without a card is used through the chat template of its tokenizer.
+A card (agents/*.toml, or `agent.toml` in a model folder) says which model it is, how texts become its tokens and what
+runs it. A model without a card is used through the chat template of its tokenizer.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
-from jinja2 import TemplateError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from carl_gym.agents.transcript import InlineTranscript
+from carl_gym.agents.card import CARD_FILE, SYSTEM, AgentCard, resolve
+from carl_gym.agents.chat_transcript import make_transcript
+from carl_gym.agents.policy import Policy, Transcript, eos_ids
 from carl_gym.agents.transformers_policy import TransformersPolicy
-from carl_gym.cards import bounded, find_card, list_cards, load_card, make_card
-from carl_gym.envs.protocol import STOP_STRINGS
+from carl_gym.cards import list_cards
+from carl_gym.envs.protocol import STOP_STRINGS, TOOLS, function_schemas
 from carl_gym.errors import PolicyError
 
-CARD_FILE = "agent.toml"
-INSTRUCTION = (
-    "Answer the question. Think inside <think> and </think> first. To search, write <search>query</search>; results "
-    "come inside <information> and </information>. To read a page, write <access>its title</access>. When you know "
-    "the answer, write it, and nothing else, inside <answer> and </answer>. One action at a time.\n"
-    "Question: {observation}"
-)
-"""What a chat model is told, in the manner of Search-R1 (arXiv 2503.09516, Table 1)."""
-
-
-@dataclass(frozen=True, slots=True)
-class AgentCard:
-    """An agent (agents/*.toml).
-
-    Attributes:
-        id: name of the agent.
-        description: one sentence for people.
-        model: folder (relative to the card) or hub id of the model.
-        prompt: text before the first action; `{observation}` stands for the question. Empty: the tokenizer's chat
-            template with `INSTRUCTION`.
-        observation: text between two actions; `{observation}` stands for what the environment returned.
-        max_tokens: longest action, in tokens.
-        context: longest prefix plus action, in tokens; 0 means all that the model has.
-    """
-
-    id: str
-    description: str
-    model: str
-    prompt: str = ""
-    observation: str = "\n\n{observation}\n\n"
-    max_tokens: int = bounded(1, 1_000_000, 512)
-    context: int = bounded(0, 100_000_000, 0)
+Backend = Literal["transformers", "vllm", "vllm-server", "openai"]
+_UNUSABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+"""What transformers raises on a folder or hub id that holds no usable model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,49 +45,123 @@ class Agent:
         card: what it was made from.
         policy: samples actions.
         transcript: turns observations into its tokens.
+        model: what can be trained; the policy samples from this very object, or has a copy that `sync` renews. None
+            where nothing is to be trained.
+        tokenizer: the model's; None where the model is hosted.
     """
 
     card: AgentCard
-    policy: TransformersPolicy
-    transcript: InlineTranscript
+    policy: Policy
+    transcript: Transcript
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
-    def model(self) -> PreTrainedModel:
-        """The model that the policy samples from, the same object."""
-        return self.policy.model
+    def shares_weights(self) -> bool:
+        """Whether the policy samples from `model` itself."""
+        return isinstance(self.policy, TransformersPolicy)
+
+    def sync(self) -> None:
+        """Have the policy sample from the model's present weights, and from nothing that older ones left in a cache."""
+        assert self.model is not None
+        self.policy.sync(None if self.shares_weights else dict(self.model.named_parameters()))
 
     def save(self, folder: Path) -> None:
         """Write model, tokenizer and card; `load_agent(folder)` gives the agent back."""
+        assert self.model is not None and self.tokenizer is not None
         self.model.save_pretrained(folder)
-        self.policy.tokenizer.save_pretrained(folder)
-        values = {name: getattr(self.card, name) for name in AgentCard.__slots__} | {"model": "."}
+        self.tokenizer.save_pretrained(folder)
+        values = {name: getattr(self.card, name) for name in AgentCard.__slots__} | {"model": ".", "lora": ""}
         lines = (f"{name} = {_toml(value)}\n" for name, value in values.items())
         (folder / CARD_FILE).write_text("".join(lines), encoding="utf-8")
 
 
-def load_agent(name: str, *, device: str | None = None, dtype: torch.dtype = torch.float32) -> Agent:
+def load_agent(
+    name: str,
+    *,
+    device: str | None = None,
+    backend: Backend | None = None,
+    urls: Sequence[str] = (),
+    tools: Sequence[str] = TOOLS,
+    trainable: bool = True,
+    weights_dir: Path | None = None,
+) -> Agent:
     """An agent by card name, card file, model folder or hub id.
 
     Args:
         name: `tiny`, `agents/tiny.toml`, `path/to/model`, `Qwen/Qwen2.5-3B-Instruct`, ...
-        device: cuda where there is one, by default.
-        dtype: of the weights.
+        device: of the model; cuda where there is one, by default.
+        backend: what samples, in place of the card's.
+        urls: addresses of the servers, in place of the card's.
+        tools: the tools that a chat agent is told about.
+        trainable: load the model in float32, also where the backend has one of its own in the card's dtype; servers
+            are then given its weights.
+        weights_dir: folder through which servers read weights; they and this machine must see it under one path.
 
     Raises:
-        CardError: a card that is not valid.
-        PolicyError: no such model, or one that says nowhere how a prompt looks.
+        CardError: a card that is not valid, or a backend that does not go with its keys.
+        PolicyError: no such model, one that says nowhere how a prompt looks, or a backend that cannot run it.
     """
-    card, source = _resolve(name)
+    card, source = resolve(name)
+    if backend or urls:
+        backend = backend or card.backend
+        card = replace(card, backend=backend, urls=tuple(urls) or (card.urls if backend == card.backend else ()))
+    if card.backend == "openai":
+        return _hosted(card, name, tools)
+    tokenizer, context, eos = _tokenizer(name, source)
+    needs_model = trainable or card.backend == "transformers" or bool(card.lora)
+    model = _model(name, source, card.lora, "float32" if trainable else card.dtype, device) if needs_model else None
+    transcript = make_transcript(card, tokenizer, context, name=name, tools=tools)
+    if transcript.end_of_turn is not None:
+        eos = eos | {transcript.end_of_turn}
+    policy: Policy
+    if card.backend == "transformers":
+        assert model is not None
+        policy = TransformersPolicy(model, tokenizer, STOP_STRINGS, eos=eos)
+    elif card.backend == "vllm":
+        from carl_gym.agents.vllm_policy import VllmPolicy
+
+        policy = VllmPolicy(source, tokenizer, STOP_STRINGS, eos, dtype=card.dtype, context=transcript.context)
+    else:
+        from carl_gym.agents.vllm_server_policy import VllmServerPolicy
+        from carl_gym.agents.weight_transfer import DiskTransfer
+
+        transfer = DiskTransfer(weights_dir or Path(tempfile.mkdtemp(prefix="carl-gym-weights-"))) if model else None
+        policy = VllmServerPolicy(
+            card.urls, tokenizer, STOP_STRINGS, eos, context=transcript.context, transfer=transfer
+        )
+    agent = Agent(card, policy, transcript, model, tokenizer)
+    if model is not None and (card.lora or card.backend == "vllm-server") and not agent.shares_weights:
+        agent.sync()  # the adapter, or whatever else a server has held before
+        policy.version = 0
+    return agent
+
+
+def _tokenizer(name: str, source: str) -> tuple[PreTrainedTokenizerBase, int, set[int]]:
+    """A model's tokenizer, longest sequence in tokens, and the ids that end its texts."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source)
+    except _UNUSABLE as error:
+        raise _no_model(name, source, error) from error
+    try:
+        generation = GenerationConfig.from_pretrained(source)
+    except OSError:  # not every model has one
+        generation = None
+    return tokenizer, int(config.max_position_embeddings), eos_ids(generation, tokenizer)
+
+
+def _model(name: str, source: str, lora: str, dtype: str, device: str | None) -> PreTrainedModel:
+    """The model, with its adapter merged into its weights, on its device."""
+    try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            source,
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation="sdpa",
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise PolicyError(
-            f"agent {name!r}: no usable model at {source!r} ({error}). Give the name of a card in agents/ "
-            f"({', '.join(list_cards('agents'))}), a folder with config.json, weights and tokenizer, or a hub id"
-        ) from error
+    except _UNUSABLE as error:
+        raise _no_model(name, source, error) from error
     if report["missing_keys"]:  # transformers fills them with random numbers
         missing = sorted(report["missing_keys"])
         raise PolicyError(
@@ -117,42 +173,51 @@ def load_agent(name: str, *, device: str | None = None, dtype: torch.dtype = tor
         model.to(device)
     except (RuntimeError, AssertionError) as error:  # unknown, not built in, out of memory
         raise PolicyError(f"agent {name!r} cannot go to device {device!r}: {error}; try cpu") from error
-    prompt = card.prompt or _chat_prompt(tokenizer, name)
-    context = min(card.context or 10**9, int(model.config.max_position_embeddings))
-    transcript = InlineTranscript(tokenizer, prompt, card.observation, min(card.max_tokens, context), context)
-    return Agent(card, TransformersPolicy(model, tokenizer, STOP_STRINGS), transcript)
+    return _merged(model, lora, name) if lora else model
 
 
-def _resolve(name: str) -> tuple[AgentCard, str]:
-    """The card and where its model is."""
-    folder = Path(name)
-    if name.endswith(".toml") or name in list_cards("agents"):  # a folder of that name is ./name
-        path = find_card("agents", name)
-    elif folder.is_dir() and not (folder / CARD_FILE).is_file():
-        return make_card(AgentCard, {"id": folder.name, "description": "", "model": name}, name), name
-    elif folder.is_dir():
-        path = folder / CARD_FILE
-    else:
-        return make_card(AgentCard, {"id": name, "description": "", "model": name}, name), name
-    card = load_card("agents", path, AgentCard)
-    beside = path.parent / card.model
-    return card, str(beside) if beside.is_dir() else card.model
-
-
-def _chat_prompt(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
-    """The prompt template that the tokenizer's chat template makes of the instruction."""
-    if not tokenizer.chat_template:
-        raise PolicyError(
-            f"agent {name!r}: its tokenizer has no chat template and there is no {CARD_FILE}, so nothing says how a "
-            f"prompt looks. Write an {CARD_FILE} with `prompt` and `observation` into the model folder (see agents/)"
-        )
-    messages = [{"role": "user", "content": INSTRUCTION}]
+def _merged(model: PreTrainedModel, lora: str, name: str) -> PreTrainedModel:
+    """The model with a PEFT adapter added to its weights: every backend takes it like any other model."""
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
-        raise PolicyError(f"agent {name!r}: its chat template fails on one user message: {error}") from error
+        from peft import PeftModel
+    except ImportError as error:
+        raise PolicyError(
+            f"agent {name!r} has a LoRA adapter, which needs the package peft: pip install peft"
+        ) from error
+    try:
+        return PeftModel.from_pretrained(model, lora).merge_and_unload()
+    except _UNUSABLE as error:
+        raise PolicyError(f"agent {name!r}: no adapter at {lora!r} that fits its model ({error})") from error
 
 
-def _toml(value: str | int) -> str:
+def _hosted(card: AgentCard, name: str, tools: Sequence[str]) -> Agent:
+    """An agent behind an OpenAI-compatible endpoint."""
+    from carl_gym.agents.openai_policy import openai_agent
+
+    if len(card.urls) != 1:
+        raise PolicyError(
+            f"agent {name!r}: backend openai needs the one base URL of its endpoint, such as http://127.0.0.1:8000/v1; "
+            f"{len(card.urls)} were given"
+        )
+    chat = card.transcript == "chat"
+    policy, transcript = openai_agent(
+        card.model,
+        function_schemas(tools),
+        instruction=card.system if chat and card.system != SYSTEM else "",
+        max_tokens=card.max_tokens,
+        base_url=card.urls[0],
+        tool_mode="tags" if chat and card.tool_format == "tags" else "tools",
+    )
+    return Agent(card, policy, transcript)
+
+
+def _no_model(name: str, source: str, error: Exception) -> PolicyError:
+    return PolicyError(
+        f"agent {name!r}: no usable model at {source!r} ({error}). Give the name of a card in agents/ "
+        f"({', '.join(list_cards('agents'))}), a folder with config.json, weights and tokenizer, or a hub id"
+    )
+
+
+def _toml(value: str | int | tuple[str, ...]) -> str:
     """A TOML literal; JSON's escapes are TOML's, except that JSON leaves DEL alone."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,4 +1,4 @@
-"""The one contract between agents and everything else: tokens in, tokens and log-probs out.
+"""The contracts between agents and everything else: tokens in, tokens and log-probs out.
 
 Sampled token ids are carried end to end and never re-encoded. What a backend caches is its own
 affair: nothing of it appears here.
@@ -6,15 +6,20 @@ affair: nothing of it appears here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 from carl_gym.envs.state import EnvState
+from carl_gym.errors import PolicyError
 
-FinishReason = Literal["stop", "eos", "length"]
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+FinishReason = Literal["stop", "eos", "length", "context"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +49,12 @@ class Completion:
     Attributes:
         token_ids: the sampled ids, stop tokens included.
         logprobs: natural log-probability of each sampled token under the distribution that it was
-            drawn from (temperature applied; of the untempered distribution when greedy).
+            drawn from (temperature applied; of the untempered distribution when greedy). NaN where it is not known:
+            a hosted model tells none, and cannot be trained.
         text: the decoded tokens, stop string included, end-of-sequence token left out.
-        finish_reason: `stop` (a stop string was completed), `eos`, or `length`.
+        finish_reason: `stop` (a stop string was completed), `eos`, `length`, or `context`: the prefix left no room
+            for an action. Then the tokens and the text stand for nothing, no step is taken, and the trajectory ends
+            as truncated.
     """
 
     token_ids: tuple[int, ...]
@@ -62,7 +70,7 @@ class Policy(Protocol):
     """Counts `sync` calls: which weights sampled a completion."""
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[Completion]:
-        """Sample one completion per request, in order. Raises PolicyError on a non-finite log-prob."""
+        """Sample one completion per request, in order. Raises PolicyError on log-probs that a model made non-finite."""
         ...
 
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -72,3 +80,45 @@ class Policy(Protocol):
     def sync(self, weights: Mapping[str, object] | None = None) -> None:
         """Take over new weights (None: they were changed in place) and drop everything cached."""
         ...
+
+
+class Transcript(Protocol):
+    """How text becomes the tokens that a policy reads."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest action."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Longest prefix + action that the policy can take."""
+        ...
+
+    def prompt(self, question_text: str, /) -> tuple[int, ...]:
+        """Tokens before the first action."""
+        ...
+
+    def observation(self, text: str, action: Sequence[int], /) -> tuple[int, ...]:
+        """Tokens between an action, whose sampled token ids are given, and the next."""
+        ...
+
+
+def check_requests(requests: Sequence[SampleRequest], context: int) -> None:
+    """Raises PolicyError on a request that no language model with this context (in tokens) can serve."""
+    for request in requests:
+        if not 0 <= request.temperature < math.inf:
+            raise PolicyError(f"a sample request's temperature is {request.temperature}; it must be 0 (greedy) or more")
+        if not request.prefix or request.max_tokens < 1:
+            raise PolicyError("a sample request needs a prefix of at least one token and max_tokens >= 1")
+        if len(request.prefix) + request.max_tokens > context:
+            raise PolicyError(
+                f"prefix ({len(request.prefix)} tokens) and max_tokens ({request.max_tokens}) exceed the model's "
+                f"context of {context}; lower max_tokens or end the trajectory"
+            )
+
+
+def eos_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids that end a text, by a model's generation config and its tokenizer."""
+    listed = getattr(generation, "eos_token_id", None)
+    return {i for i in (*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id) if i is not None}

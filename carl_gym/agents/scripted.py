@@ -38,8 +38,8 @@ class ByteTranscript:
         """The bytes of the question."""
         return tuple(question_text.encode())
 
-    def observation(self, text: str) -> tuple[int, ...]:
-        """The bytes of an observation."""
+    def observation(self, text: str, action: Sequence[int] = ()) -> tuple[int, ...]:
+        """The bytes of an observation, whatever the action was."""
         return tuple(text.encode())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from carl_gym.agents.kv_cache import PrefixCache
 from carl_gym.agents.logprob_model import LogprobModel
-from carl_gym.agents.policy import Completion, FinishReason, SampleRequest
+from carl_gym.agents.policy import Completion, FinishReason, SampleRequest, check_requests, eos_ids
 from carl_gym.errors import PolicyError
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -83,6 +82,7 @@ class TransformersPolicy:
         model: any transformers causal LM with full attention; it is used in place, never copied.
         tokenizer: its tokenizer.
         stop: an action ends when its text contains one of these.
+        eos: ids that end an action; those of the model's generation config and its tokenizer by default.
         max_batch: most requests that are decoded together.
         cache_bytes: bound of the prefix cache.
 
@@ -97,6 +97,7 @@ class TransformersPolicy:
         tokenizer: PreTrainedTokenizerBase,
         stop: Sequence[str],
         *,
+        eos: set[int] | None = None,
         max_batch: int = 96,
         cache_bytes: int = 1 << 29,
     ) -> None:
@@ -119,7 +120,7 @@ class TransformersPolicy:
         self._cache = PrefixCache(cache_bytes)
         self._memory = torch.empty(0)
         self._scorer = LogprobModel(model)
-        self._eos = _eos_ids(model, tokenizer)
+        self._eos = eos_ids(model.generation_config, tokenizer) if eos is None else eos
         # Only a token with a stop string's last character can complete one; this look-up spares decoding.
         last = {s[-1] for s in self.stop}
         pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
@@ -132,18 +133,7 @@ class TransformersPolicy:
         Raises:
             PolicyError: an empty or too long prefix, a temperature below 0, or a log-prob that is not finite.
         """
-        for request in requests:
-            if not 0 <= request.temperature < float("inf"):
-                raise PolicyError(
-                    f"a sample request's temperature is {request.temperature}; it must be 0 (greedy) or more"
-                )
-            if not request.prefix or request.max_tokens < 1:
-                raise PolicyError("a sample request needs a prefix of at least one token and max_tokens >= 1")
-            if len(request.prefix) + request.max_tokens > self.context:
-                raise PolicyError(
-                    f"prefix ({len(request.prefix)} tokens) and max_tokens ({request.max_tokens}) exceed the model's "
-                    f"context of {self.context}; lower max_tokens or end the trajectory"
-                )
+        check_requests(requests, self.context)
         slots = [_Slot(request) for request in requests]
         # Rows of similar length share a batch, which keeps padding small; results go back in request order.
         order = sorted(range(len(slots)), key=lambda i: len(slots[i].request.prefix))
@@ -321,10 +311,3 @@ def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    generation = getattr(model, "generation_config", None)
-    ids = json.loads(json.dumps([generation.eos_token_id if generation else None, tokenizer.eos_token_id]))
-    flat = [i for entry in ids for i in (entry if isinstance(entry, list) else [entry])]
-    return {i for i in flat if i is not None}

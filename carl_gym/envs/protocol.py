@@ -169,10 +169,23 @@ def function_schemas(tools: Iterable[str] = TOOLS) -> list[dict[str, object]]:
     return [_schema(tool) for tool in tools]
 
 
-def _schema(name: str) -> dict[str, object]:
+def describe(tools: Iterable[str] = TOOLS) -> str:
+    """The tools in tags, a line each, for a system prompt.
+
+    Raises:
+        ConfigError: no such tool.
+    """
+    return "\n".join(f"{tool.tag} {tool.description}" for tool in map(_tool, tools))
+
+
+def _tool(name: str) -> _Tool:
     if name not in _TOOLS:
         raise ConfigError(f"unknown tool {name!r}; tools: {', '.join(TOOLS)}")
-    tool = _TOOLS[name]
+    return _TOOLS[name]
+
+
+def _schema(name: str) -> dict[str, object]:
+    tool = _tool(name)
     properties = {tool.argument: {"type": "string", "description": tool.argument_description}} if tool.argument else {}
     parameters = {
         "type": "object",

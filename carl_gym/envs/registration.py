@@ -65,13 +65,13 @@ def make_task(card: str | Path | EnvCard, **kwargs: object) -> SearchTask:
         DataError: the data is missing or malformed, or no question is left.
         ConfigError: a choice of questions, or a size of a generated world, that cannot be.
     """
-    fields = {field.name for field in dataclasses.fields(EnvCard)} - {"id", "description", "data"}
+    fields = _card_arguments()
     overrides = {key: value for key, value in kwargs.items() if key in fields}
     card = env_card(card, overrides)
-    load = data.load_miniwiki if card.data.name == "miniwiki" else functools.partial(data.load_named, card.data)
-    of_data, of_questions = _keywords(load), _keywords(select)
+    load = _loader(card)
+    of_data, of_questions, known = _keywords(load), _keywords(select), task_arguments(card)
     for key in kwargs:
-        if key not in (known := {*fields, *of_data, *of_questions}):
+        if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             suggestion = f" (did you mean {close[0]!r}?)" if close else ""
             raise CardError(f"{card.id}: unknown argument {key!r}{suggestion}; arguments: {', '.join(sorted(known))}")
@@ -79,7 +79,7 @@ def make_task(card: str | Path | EnvCard, **kwargs: object) -> SearchTask:
         if "index" in overrides:
             raise CardError(f"{card.id}: a server is searched by index='remote', not {card.index.id!r}; leave it out")
         card = env_card(card, {"index": "remote"})
-    loaded = load(**{key: value for key, value in kwargs.items() if key in of_data})  # type: ignore[arg-type]
+    loaded = load(**{key: value for key, value in kwargs.items() if key in of_data})
     choice = {key: value for key, value in kwargs.items() if key in of_questions}
     questions = select(loaded.questions, loaded.source, **choice)  # type: ignore[arg-type]
     source = loaded.source
@@ -87,6 +87,11 @@ def make_task(card: str | Path | EnvCard, **kwargs: object) -> SearchTask:
         source += f", {len(questions)} of its questions"
     retriever = make_retriever(card.index, loaded.corpus)
     return SearchTask(questions, loaded.corpus, retriever, card, source, loaded.is_mini)
+
+
+def task_arguments(card: str | Path | EnvCard) -> set[str]:
+    """Names of the keyword arguments that `make_task` takes for a card. Raises CardError on an unknown id."""
+    return {*_card_arguments(), *_keywords(_loader(env_card(card))), *_keywords(select)}
 
 
 def make_env(card: str, **kwargs: object) -> SearchEnv:
@@ -116,6 +121,14 @@ def env_card(card: str | Path | EnvCard, overrides: Mapping[str, object] | None 
             raise CardError(f"unknown environment {id!r}{suggestion}; known ids: {', '.join(sorted(_paths))}")
         card = _paths[id]
     return load_card("envs", card, EnvCard, overrides)
+
+
+def _card_arguments() -> set[str]:
+    return {field.name for field in dataclasses.fields(EnvCard)} - {"id", "description", "data"}
+
+
+def _loader(card: EnvCard) -> Callable[..., data.Data]:
+    return data.load_miniwiki if card.data.name == "miniwiki" else functools.partial(data.load_named, card.data)
 
 
 def _keywords(function: Callable[..., object]) -> set[str]:

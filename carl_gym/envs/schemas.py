@@ -49,6 +49,7 @@ class Schema:
         forms: sets of keys; a record that has all keys of one of them is in this schema.
         fields: what becomes of which field; `a|b` is the first of the two that a record has.
         prefix: begins the ids of questions that have none.
+        level: field with the question's difficulty, for reports only.
         answers: finds the answers where they are more than one field.
         titles: finds the supporting titles, likewise.
         contexts: finds the passages that a record holds.
@@ -59,6 +60,7 @@ class Schema:
     forms: tuple[frozenset[str], ...]
     fields: FieldMap
     prefix: str = "question"
+    level: str = ""
     answers: Callable[[Record, str], list[object]] | None = None
     titles: Callable[[Record, str], list[str]] | None = None
     contexts: Callable[[Record, str], list[Context]] | None = None
@@ -221,6 +223,7 @@ def _example(record: Record, schema: Schema, fields: FieldMap, number: int, spli
             type=_optional(record, fields.type, where),
             decomposition=tuple(schema.hops(record, where)) if schema.hops else (),
             split=split,
+            level=_optional(record, schema.level, where),
         ),
         tuple(schema.contexts(record, where)) if schema.contexts else (),
     )
@@ -385,6 +388,7 @@ SCHEMAS: dict[str, Schema] = {
         "carl-gym's own layout: one table per question",
         (_form("id", "question", "answers"), _form("id", "question", "answer")),
         FieldMap("id", "question", "answers|answer", "supporting_titles", "type", "source_split|split"),
+        level="level",
     ),
     "hotpotqa": Schema(
         "HotpotQA, distractor and fullwiki: the official JSON (https://hotpotqa.github.io) and the hub's table",
@@ -393,6 +397,7 @@ SCHEMAS: dict[str, Schema] = {
             _form("id", "question", "answer", "supporting_facts", "context"),
         ),
         FieldMap("_id|id", "question", "answer", "", "type"),
+        level="level",
         titles=_fact_titles,
         contexts=_sentences,
     ),

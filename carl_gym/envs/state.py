@@ -35,7 +35,7 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question with its gold answers and, where known, supporting titles, decomposition and original split."""
+    """A question with its gold answers and, where known, supporting titles, decomposition, original split and level."""
 
     id: str
     text: str
@@ -44,6 +44,7 @@ class Question:
     type: str = ""
     decomposition: tuple[Hop, ...] = ()
     split: str = ""
+    level: str = ""
 
 
 class ParsedAction(NamedTuple):

@@ -7,7 +7,8 @@ arguments alone. Observation texts are made from the state and the corpus, so a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 from carl_gym.envs.cards import EnvCard
@@ -303,7 +304,7 @@ class SearchTask:
         found = self.retriever.search(queries, self.card.top_k).ids
         if len(found) != len(queries):
             raise RetrievalError(f"the retriever gave {len(found)} results for {len(queries)} queries")
-        return [tuple(ids) for ids in found]
+        return list(map(tuple, found))
 
     def _turn(self, before: tuple[Turn, ...], action: ParsedAction) -> Turn:
         """The turn of an action that needs no search."""
@@ -370,12 +371,12 @@ class SearchTask:
             repeated += query in queries
             queries = (*queries, query)
         if ids and question.supporting_titles:
-            bits = self._gold.get(question.id) or self._bits(question)
+            bits, results = self._gold.get(question.id) or self._bits(question), self._results.get
             for id in ids:
-                if bit := bits.get((self._results.get(id) or self._result(id))[0]):
-                    found |= bit
+                if (title := (results(id) or self._result(id))[0]) in bits:
+                    found |= bits[title]
                     if kind != "search":
-                        opened |= bit
+                        opened |= bits[title]
         return Tally(question, invalid, repeated, found, opened, queries)
 
     def _bits(self, question: Question) -> dict[str, int]:
@@ -402,10 +403,7 @@ class SearchTask:
             text = hint(action.code, self._tools)
         elif kind == "search":
             results = self._results.get
-            text = (
-                "\n".join([f"Doc {n}{(results(id) or self._result(id))[1]}" for n, id in enumerate(ids, start=1)])
-                or NO_HITS
-            )
+            text = _numbered(len(ids))(*[(results(id) or self._result(id))[1] for id in ids]) or NO_HITS
         elif ids:
             text = self._page(ids[0], page)
         else:
@@ -495,6 +493,12 @@ def _last_opened(turns: tuple[Turn, ...]) -> Turn | None:
         if turn.passage_ids and turn.action.kind in ("access", "read"):
             return turn
     return None
+
+
+@functools.cache
+def _numbered(lines: int) -> Callable[..., str]:
+    """What puts so many lines of search results together, numbered. (Far quicker than numbering them every time.)"""
+    return "\n".join(f"Doc {n}{{}}" for n in range(1, lines + 1)).format
 
 
 def _line(text: str) -> str:

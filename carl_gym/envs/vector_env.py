@@ -176,7 +176,7 @@ class SearchVectorEnv(VectorEnv[Any, Any, Any]):
             what = "one str" if isinstance(actions, str) else f"{len(actions)}"
             raise ActionError(f"{what} as actions; expected a sequence of {self.num_envs} str, one per sub-environment")
         before = self.get_state()
-        if over := [i for i, state in enumerate(before) if state.terminal]:
+        if over := [i for i, state in enumerate(before) if state.status != "running"]:
             raise StateError(
                 f"the episodes of sub-environments {over} are over; begin new ones with "
                 'reset(options={"reset_mask": terminations | truncations}) before acting'
@@ -294,12 +294,15 @@ def batch_infos(infos: Mapping[int, Info], n: int) -> Info:
     """
     batch: Info = {}
     rows = list(infos.values())
-    keys = dict.fromkeys(itertools.chain.from_iterable(rows))
-    full = len(rows) == n and all(len(row) == len(keys) for row in rows)  # every place has every key: the usual case
+    keys = list(rows[0]) if rows else []
+    full = len(rows) == n and all(list(row) == keys for row in rows)  # every place has every key: the usual case
+    columns = zip(*map(dict.values, rows), strict=True) if full else None
+    if columns is None:
+        keys = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     masks = np.full((len(keys), n), full)
     for key, mask in zip(keys, masks, strict=True):
-        places = range(n) if full else [i for i, info in infos.items() if key in info]
-        values = [row[key] for row in rows] if full else [infos[i][key] for i in places]
+        places = range(n) if columns else [i for i, info in infos.items() if key in info]
+        values = next(columns) if columns else [infos[i][key] for i in places]
         kind = type(values[0])
         if kind is dict and key != "final_obs":
             batch[key] = batch_infos(dict(zip(places, values, strict=True)), n)

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from carl_gym.cards import bounded
-from carl_gym.retrieval.analysis import Analyzer, Encoder
+from carl_gym.retrieval.analysis import Encoder, QueryEncoder
 from carl_gym.retrieval.corpus import Corpus
 from carl_gym.retrieval.retriever import Progress, Retriever, SearchResults, check_k, silent
 
@@ -90,7 +90,8 @@ class BM25(Retriever):
         self._index = build_index(corpus, self.settings) if index is None else index
         self._folder = folder
         self._ids = corpus.ids
-        self._analyze = Analyzer()
+        self._encode = QueryEncoder(self._index.vocabulary)
+        self._highest = np.zeros(len(self._index.vocabulary), np.float32)  # filled in by the compiled search
 
     @classmethod
     def build(
@@ -144,29 +145,31 @@ class BM25(Retriever):
     def search(self, queries: Sequence[str], k: int) -> SearchResults:
         """At most `k` passages per query that share a term with it, best first; ties in corpus order."""
         check_k(k)
-        vocabulary = self._index.vocabulary
-        terms = [[vocabulary[term] for term in self._analyze(query) if term in vocabulary] for query in queries]
-        kernel = _kernel_for(len(queries) * len(self._ids))
-        found = self._compiled(kernel, terms, k) if kernel else [self._best(numbers, k) for numbers in terms]
+        terms, offsets = self._encode(queries)
+        if kernel := _kernel_for(len(queries) * len(self._ids)):
+            return self._compiled(kernel, terms, offsets, k)
+        found = [self._best(terms[start:end], k) for start, end in pairwise(offsets.tolist())]
         ids = self._ids
         return SearchResults([[ids[row] for row in rows] for rows, _ in found], [scores for _, scores in found])
 
-    def _compiled(self, kernel: ModuleType, terms: list[list[int]], k: int) -> list[tuple[list[int], list[float]]]:
+    def _compiled(self, kernel: ModuleType, terms: Longs, offsets: Longs, k: int) -> SearchResults:
         """`_best` for each query, compiled; other threads run meanwhile."""
-        offsets = np.cumsum([0, *map(len, terms)])
-        flat = np.fromiter(chain.from_iterable(terms), np.int64, int(offsets[-1]))
         passages = len(self._ids)
-        rows, scores, counts = kernel.search(*self._index[:3], passages, flat, offsets, min(k, passages))
-        return [
-            (row[:n], score[:n]) for row, score, n in zip(rows.tolist(), scores.tolist(), counts.tolist(), strict=True)
-        ]
+        k = min(k, passages)
+        rows, scores, counts = kernel.search(*self._index[:3], self._highest, passages, terms, offsets, k)
+        sizes = counts.tolist()
+        ids = list(map(self._ids.__getitem__, rows.ravel().tolist()))
+        return SearchResults(
+            [ids[start : start + size] for start, size in zip(range(0, len(ids), k), sizes, strict=True)],
+            [row[:size] for row, size in zip(scores.tolist(), sizes, strict=True)],
+        )
 
-    def _best(self, terms: list[int], k: int) -> tuple[list[int], list[float]]:
+    def _best(self, terms: Longs, k: int) -> tuple[list[int], list[float]]:
         """Rows and scores of the k best passages for a query's terms, in numpy."""
-        data, indices, indptr, _ = self._index
-        if not terms:
+        if not len(terms):
             return [], []
-        columns = [slice(indptr[term], indptr[term + 1]) for term in terms]
+        data, indices, indptr, _ = self._index
+        columns = list(map(slice, indptr[terms].tolist(), indptr[terms + 1].tolist()))
         scores = np.zeros(len(self._ids), np.float32)
         for column in columns:
             scores[indices[column]] += data[column]  # the rows of a term are distinct

@@ -1,6 +1,8 @@
 """The search of BM25 for many queries or passages, compiled. Imported only where it pays: numba takes its time.
 
 It adds the same float32 numbers in the same order as the numpy path of bm25.py, so the results are equal to the bit.
+The best are then looked for among the passages of the query's rarer terms only, as far as the others together cannot
+make up a score that is good enough (the idea of MaxScore, Turtle and Flood 1995).
 """
 
 from __future__ import annotations
@@ -11,9 +13,6 @@ from typing import TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 from numba import njit
-
-_BLOCK = 64
-"""Passages that are passed over together when none of them can be among the k best."""
 
 F = TypeVar("F", bound=Callable[..., object])
 Ints = npt.NDArray[np.int32]
@@ -52,25 +51,30 @@ def _sift_down(scores: Floats, rows: Longs, size: int) -> None:
 
 
 @_compiled
-def _sift_up(scores: Floats, rows: Longs, i: int) -> None:
-    """Restore the heap after entry i was added."""
-    while i > 0:
-        parent = (i - 1) // 2
-        if not _worse(scores[i], rows[i], scores[parent], rows[parent]):
-            return
-        scores[i], scores[parent] = scores[parent], scores[i]
-        rows[i], rows[parent] = rows[parent], rows[i]
-        i = parent
+def _offer(scores: Floats, rows: Longs, size: int, score: float, row: int) -> int:
+    """Put an entry into the heap where there is room or it is better than the worst one. Returns the heap's size."""
+    if size == len(scores):
+        if _worse(scores[0], rows[0], score, row):
+            scores[0], rows[0] = score, row
+            _sift_down(scores, rows, size)
+        return size
+    i = size
+    while i > 0 and _worse(score, row, scores[(i - 1) // 2], rows[(i - 1) // 2]):
+        scores[i], rows[i] = scores[(i - 1) // 2], rows[(i - 1) // 2]
+        i = (i - 1) // 2
+    scores[i], rows[i] = score, row
+    return size + 1
 
 
 @_compiled
 def search(
-    data: Floats, indices: Ints, indptr: Longs, passages: int, terms: Longs, offsets: Longs, k: int
+    data: Floats, indices: Ints, indptr: Longs, highest: Floats, passages: int, terms: Longs, offsets: Longs, k: int
 ) -> tuple[Longs, Floats, Longs]:
     """The k best passages for each query.
 
     Args:
         data, indices, indptr: the index, see `bm25.Index`.
+        highest: for each term of the index its highest score, or 0 as long as nobody has looked: filled in here.
         passages: how many there are.
         terms: the term numbers of all queries, one query after another.
         offsets: query q has the terms `offsets[q]` to `offsets[q + 1]`.
@@ -84,31 +88,51 @@ def search(
     best_scores = np.zeros((queries, k), np.float32)
     counts = np.zeros(queries, np.int64)
     scores = np.zeros(passages, np.float32)
+    longest = np.max(np.diff(offsets)) if queries else 0
+    starts, ends = np.zeros(longest, np.int64), np.zeros(longest, np.int64)
+    rest = np.zeros(longest + 1)  # the most that the terms from this one on can add up to
     for q in range(queries):
-        for t in range(offsets[q], offsets[q + 1]):
-            for i in range(indptr[terms[t]], indptr[terms[t] + 1]):
+        n = 0
+        for term in terms[offsets[q] : offsets[q + 1]]:
+            start, end = indptr[term], indptr[term + 1]
+            for i in range(start, end):
                 scores[np.uint32(indices[i])] += data[i]  # unsigned: numba need not look for negative ones
+            most = highest[term]
+            if most == 0:
+                for score in data[start:end]:
+                    most = max(most, score)
+                highest[term] = most  # at once: other threads may read it
+            at = n  # rarest first
+            while at > 0 and ends[at - 1] - starts[at - 1] > end - start:
+                starts[at], ends[at], rest[at] = starts[at - 1], ends[at - 1], rest[at - 1]
+                at -= 1
+            starts[at], ends[at], rest[at] = start, end, most
+            n += 1
+        rest[n] = 0
+        for t in range(n - 1, -1, -1):
+            rest[t] += rest[t + 1]
+        rounding = 1 + n * 2.0**-22  # a float32 sum of n numbers is off by less
         heap_scores, heap_rows = best_scores[q], best_rows[q]
-        size, bound = 0, np.float32(0)
-        # Rows come in order, so one that only ties with the worst of k never gets in.
-        for start in range(0, passages, _BLOCK):
-            block = scores[start : start + _BLOCK]
-            above = np.uint32(0)
-            for score in block:  # without a branch, so that the compiler takes many at once
-                above |= np.uint32(score > bound)
-            if above:
-                for i in range(len(block)):
-                    score, row = block[i], start + i
-                    if score > bound:
-                        if size < k:
-                            heap_scores[size], heap_rows[size] = score, row
-                            _sift_up(heap_scores, heap_rows, size)
-                            size += 1
-                        else:
-                            heap_scores[0], heap_rows[0] = score, row
-                            _sift_down(heap_scores, heap_rows, size)
-                        if size == k:
-                            bound = heap_scores[0]
+        # The passages of one term, when there are k of them, have k scores that the k best cannot be below.
+        bound = np.float32(1e-45)  # above 0
+        for t in range(n):
+            if ends[t] - starts[t] >= k:
+                size = 0
+                for row in indices[starts[t] : ends[t]]:
+                    size = _offer(heap_scores, heap_rows, size, scores[np.uint32(row)], row)
+                bound = heap_scores[0]
+                break
+        size = 0
+        for t in range(n):
+            if rest[t] * rounding < bound:
+                break
+            for row in indices[starts[t] : ends[t]]:
+                score = scores[np.uint32(row)]
+                if score >= bound:
+                    size = _offer(heap_scores, heap_rows, size, score, row)
+                    scores[np.uint32(row)] = 0  # not twice
+                    if size == k:
+                        bound = heap_scores[0]
         scores[:] = 0
         counts[q] = size
         # Worst to the end, one after the other.

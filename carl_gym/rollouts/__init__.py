@@ -1,6 +1,6 @@
 """From questions to rollout trees: what a tree is, what to roll out next, and the batched collector."""
 
-from carl_gym.rollouts.collector import EnvTask, Timings, Transcript, collect
+from carl_gym.rollouts.collector import EnvTask, Timings, collect
 from carl_gym.rollouts.explorers import EntropyForking, Explorer, RandomForking, RootExplorer
 from carl_gym.rollouts.tree import Node, RolloutTree
 
@@ -13,6 +13,5 @@ __all__ = [
     "RolloutTree",
     "RootExplorer",
     "Timings",
-    "Transcript",
     "collect",
 ]

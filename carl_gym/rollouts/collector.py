@@ -12,9 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Protocol
 
-from carl_gym.agents.policy import Completion, Policy, SampleRequest
+from carl_gym.agents.policy import Completion, Policy, SampleRequest, Transcript
 from carl_gym.envs.state import EnvState, Question
 from carl_gym.errors import ConfigError
 from carl_gym.rollouts.explorers import Explorer
@@ -45,28 +46,6 @@ class EnvTask(Protocol):
 
     def terminal(self, state: EnvState, /) -> bool:
         """Whether the episode is over."""
-        ...
-
-
-class Transcript(Protocol):
-    """How text becomes the tokens that a policy reads."""
-
-    @property
-    def max_tokens(self) -> int:
-        """Longest action."""
-        ...
-
-    @property
-    def context(self) -> int:
-        """Longest prefix + action that the policy can take."""
-        ...
-
-    def prompt(self, question_text: str, /) -> tuple[int, ...]:
-        """Tokens before the first action."""
-        ...
-
-    def observation(self, text: str, /) -> tuple[int, ...]:
-        """Tokens between an action and the next."""
         ...
 
 
@@ -154,9 +133,11 @@ class TreeStepper:
 
     def take(self, want: Want, action: Completion, step: Step) -> None:
         """Record the result of a want; the trajectory goes on unless the episode ended or the context is full."""
-        observation = () if step.terminal else self._transcript.observation(step.observation)
+        full = action.finish_reason == "context"
+        ended = step.terminal or full
+        observation = () if ended else self._transcript.observation(step.observation, action.token_ids)
         length = self.tree.prefix_length(want.node) + len(action.token_ids) + len(observation)
-        truncated = not step.terminal and not self._has_room(length)
+        truncated = full or (not ended and not self._has_room(length))
         child = self.tree.add_child(
             parent=want.node,
             completion=action,
@@ -220,7 +201,7 @@ def collect(
         steps = _environment_steps(
             task,
             [stepper.tree.nodes[want.node].state for stepper, want in wants],
-            [action.text for action in actions],
+            actions,
         )
         timings.sample += sampled - started
         timings.environment += time.perf_counter() - sampled
@@ -229,10 +210,17 @@ def collect(
     return [stepper.tree for stepper in steppers]
 
 
-def _environment_steps(task: EnvTask, states: Sequence[EnvState], actions: Sequence[str]) -> list[Step]:
-    steps = []
-    for state, action, after in zip(states, actions, task.transition_batch(states, actions), strict=True):
-        terminal = task.terminal(after)
-        reward = task.reward(state, action, after)
-        steps.append(Step(after, reward, terminal, "" if terminal else task.observation(after)))
-    return steps
+def _environment_steps(task: EnvTask, states: Sequence[EnvState], actions: Sequence[Completion]) -> list[Step]:
+    """What the environment answers; an action for which the context had no room is none, and its state stays."""
+    taken = [action.finish_reason != "context" for action in actions]
+    texts = [action.text for action in compress(actions, taken)]
+    after = iter(task.transition_batch(list(compress(states, taken)), texts))
+    return [
+        _step(task, state, action.text, next(after)) if real else Step(state, 0.0, False, "")
+        for state, action, real in zip(states, actions, taken, strict=True)
+    ]
+
+
+def _step(task: EnvTask, state: EnvState, action: str, after: EnvState) -> Step:
+    terminal = task.terminal(after)
+    return Step(after, task.reward(state, action, after), terminal, "" if terminal else task.observation(after))

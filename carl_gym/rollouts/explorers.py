@@ -7,12 +7,13 @@ tree is under way. The collector asks, samples, and asks again.
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
-from carl_gym.errors import ConfigError
+from carl_gym.errors import ConfigError, PolicyError
 from carl_gym.rollouts.tree import Node, RolloutTree
 
 RootRecord = Literal["separate", "merged"]
@@ -103,11 +104,13 @@ class EntropyForking(_Forking):
     """
 
     def next(self, tree: RolloutTree) -> list[int]:
-        """Phase 2: the states of largest H / n."""
+        """Phase 2: the states of largest H / n. Raises PolicyError where log-probs are not known."""
 
         def by_density(node: Node) -> tuple[float, int, int]:
             return -tree.H(node.id) / len(node.children), node.trajectory, node.depth
 
+        if any(math.isnan(tree.H(node.id)) for node in tree.recorded()):
+            raise PolicyError("forking by entropy needs log-probs, and this policy gives none; use another explorer")
         uncertain = (node for node in tree.recorded() if tree.H(node.id) > 0)
         return [node.id for node in heapq.nsmallest(len(self._numbers(tree)), uncertain, key=by_density)]
 

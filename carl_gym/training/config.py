@@ -8,12 +8,14 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from carl_gym.algorithms import Algorithm, get_algorithm
 from carl_gym.errors import ConfigError
+from carl_gym.files import write_json
 
 CONFIG_FILE = "config.json"
-MAY_CHANGE = ("resume", "threads", "tracking_uri")
+MAY_CHANGE = ("resume", "threads", "tracking_uri", "urls", "weights_dir")
 """Settings that a resumed run may give anew: they do not change what it computes."""
 
 
@@ -42,6 +44,15 @@ class TrainConfig:
     questions are held out of the training data."""
     agent: str = "tiny"
     """Agent card, model folder or hub id."""
+    backend: Literal["transformers", "vllm", "vllm-server"] | None = None
+    """What samples; the agent card's by default."""
+    urls: tuple[str, ...] = ()
+    """Addresses of the servers of the backend vllm-server."""
+    weights_dir: Path | None = None
+    """Folder through which those servers read new weights, under one path for all; a temporary one by default."""
+    canary_tolerance: float | None = None
+    """Largest gap in nats between the log-probs of vLLM and of the learner on fixed prefixes, after each step; by
+    default what the dtype's rounding allows."""
     steps: int = 40
     """Training steps."""
     max_actions: int | None = None
@@ -101,6 +112,8 @@ class TrainConfig:
         for name in ("learning_rate", "temperature", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be a number above 0, not {getattr(self, name)}")
+        if self.canary_tolerance is not None and not self.canary_tolerance > 0:
+            raise ConfigError(f"canary_tolerance must be a number above 0, not {self.canary_tolerance}")
         for name in ("eval_questions", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}")
@@ -163,10 +176,3 @@ def claim_output_dir(config: TrainConfig) -> None:
     config.output_dir.mkdir(parents=True, exist_ok=True)
     if not config.resume:
         write_json(config.output_dir / CONFIG_FILE, config.as_dict())
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -7,12 +7,14 @@ A packer that trains each shared prefix once takes segments; other trainers take
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from carl_gym.algorithms.credit import FloatArray
+from carl_gym.errors import PolicyError
 from carl_gym.rollouts.tree import RolloutTree
 
 
@@ -67,11 +69,19 @@ def segments(tree: RolloutTree, advantages: FloatArray, weights: FloatArray) -> 
         tree: complete.
         advantages: by node id, of the edge into the node.
         weights: by node id, of each token of that edge.
+
+    Raises:
+        PolicyError: log-probs are not known.
     """
     found = []
     for node in tree.nodes:
         action = node.action.token_ids if node.action else ()
         logprobs = node.action.logprobs if node.action else ()
+        if not all(map(math.isfinite, logprobs)):
+            raise PolicyError(
+                f"an action on question {tree.question.id!r} has log-probs that are not known; train on rollouts of "
+                "a model that gives them (a hosted model does not)"
+            )
         found.append(
             Segment(
                 node_id=node.id,

@@ -16,21 +16,23 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from carl_gym.agents.agent import Agent, load_agent
+from carl_gym.agents.agent import load_agent
+from carl_gym.agents.canary import TOLERANCES, Canary
 from carl_gym.algorithms import token_weights
 from carl_gym.cards import parse_assignments
 from carl_gym.envs.registration import make_task
 from carl_gym.envs.state import Question
 from carl_gym.envs.task import SearchTask
 from carl_gym.errors import ConfigError
+from carl_gym.evaluation import Evaluation, evaluate, held_out_first
+from carl_gym.files import write_json
 from carl_gym.rollouts.collector import Timings, collect
-from carl_gym.rollouts.evaluation import Evaluation, evaluate, held_out_first
 from carl_gym.rollouts.tree import RolloutTree
 from carl_gym.tracking.curves import learning_curve
 from carl_gym.tracking.mlflow_tracker import MlflowTracker
 from carl_gym.tracking.tree_figure import draw_tree
 from carl_gym.training.checkpoints import Progress, checkpoints, load_checkpoint, save_checkpoint
-from carl_gym.training.config import TrainConfig, check_output_dir, claim_output_dir, write_json
+from carl_gym.training.config import TrainConfig, check_output_dir, claim_output_dir
 from carl_gym.training.learner import Learner, UpdateMetrics
 from carl_gym.training.segments import rows, segments
 
@@ -64,7 +66,19 @@ class Trainer:
         self.algorithm = config.make_algorithm()
         self.task, self.questions, self.eval_task, self.eval_questions = load_data(config)
         saved = checkpoints(config.output_dir) if config.resume else []
-        self.agent: Agent = load_agent(str(saved[-1]) if saved else config.agent, device=config.device)
+        self.agent = load_agent(
+            str(saved[-1]) if saved else config.agent,
+            device=config.device,
+            backend=config.backend,
+            urls=config.urls,
+            tools=self.task.card.tools,
+            weights_dir=config.weights_dir,
+        )
+        if self.agent.model is None:
+            raise ConfigError(
+                f"agent {config.agent!r} is hosted (backend {self.agent.card.backend}) and has no weights here to "
+                "train; evaluate it with scripts/evaluate.py, or train a model folder or hub id"
+            )
         self.learner = Learner(
             self.agent.model,
             learning_rate=config.learning_rate,
@@ -74,6 +88,7 @@ class Trainer:
             autocast=torch.bfloat16 if config.bf16 else None,
         )
         self.progress = load_checkpoint(saved[-1], self.agent, self.learner) if saved else Progress()
+        self.canary = None if self.agent.shares_weights else self._canary()
         self.tracker = self._tracker()
         self.history = self._kept_history()
         self.last_tree: CreditedTree | None = None
@@ -124,7 +139,8 @@ class Trainer:
         ]
         cuts = [len(credited) * i // self.config.minibatches for i in range(self.config.minibatches + 1)]
         updates = [self._update(credited[start:end]) for start, end in itertools.pairwise(cuts)]
-        self.agent.policy.sync()
+        updated = time.perf_counter()
+        gap = self._sync()
         ended = time.perf_counter()
         self.last_tree = max(credited, key=lambda c: (np.ptp(c.advantages) > 0, c.tree.question.id))
         generated = sum(tree.actions_generated for tree in trees)
@@ -141,8 +157,29 @@ class Trainer:
             "time/sample": timings.sample,
             "time/environment": timings.environment,
             "time/rollout": collected - started,
-            "time/update": ended - collected,
+            "time/update": updated - collected,
+            "time/sync": ended - updated,
+            **gap,
         }
+
+    def _sync(self) -> dict[str, float]:
+        """Hand the new weights to the policy, and make sure that they arrived."""
+        self.agent.sync()
+        if self.canary is None:
+            return {}
+        return {"update/canary_gap": self.canary.check(self.agent.policy, self.learner.model)}
+
+    def _canary(self) -> Canary:
+        """Checked once at the start: the policy may have other weights, or another dtype, than it should."""
+        first = (self.task.observation(self.task.initial(question)) for question in self.questions[:4])
+        canary = Canary(
+            [token for text in first for token in self.agent.transcript.prompt(text)],
+            tolerance=self.config.canary_tolerance or TOLERANCES[self.agent.card.dtype],
+            context=self.agent.transcript.context,
+            temperature=self.config.temperature,
+        )
+        canary.check(self.agent.policy, self.learner.model)
+        return canary
 
     def _update(self, part: Sequence[CreditedTree]) -> UpdateMetrics | None:
         """One optimiser step on the trees of a minibatch, normalised over them."""
@@ -162,7 +199,7 @@ class Trainer:
             if self.eval_questions:
                 found |= self._play(temperature).metrics(f"eval/{name}")
         # The next step must not meet what evaluation left in the policy's cache: a resumed run does not have it.
-        self.agent.policy.sync()
+        self.agent.sync()
         return found
 
     def _play(self, temperature: float) -> Evaluation:

@@ -143,7 +143,7 @@ def encode(traces: Sequence[Trace], transcript: InlineTranscript, observation_we
         ids: list[int] = []
         weights: list[float] = []
         for turn, (observation, action) in enumerate(zip(trace.observations, trace.actions, strict=True)):
-            seen = transcript.observation(observation) if turn else transcript.prompt(observation)
+            seen = transcript.observation(observation, ()) if turn else transcript.prompt(observation)
             done = transcript.tokenizer.encode(action, add_special_tokens=False)
             ids += [*seen, *done]
             weights += [observation_weight] * len(seen) + [1.0] * len(done)

@@ -1,0 +1,331 @@
+"""The Policy contract on `vllm serve` processes, on this machine or others: token ids over HTTP, many in flight.
+
+Servers may die and come back at any time. A request that got no answer is sent again, to whichever server is up, with
+its own seed; so each request is answered exactly once. A server that comes back is given the current weights before
+its first request, and every answer names the weights that made it: others than the current ones are not accepted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import hashlib
+import threading
+import time
+import uuid
+from array import array
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import aiohttp
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from carl_gym.agents import vllm_engine
+from carl_gym.agents.policy import Completion, SampleRequest, check_requests
+from carl_gym.agents.vllm_policy import completion
+from carl_gym.agents.weight_transfer import WeightTransfer
+from carl_gym.errors import PolicyError
+
+T = TypeVar("T")
+
+FAULTS = 5
+"""So many wrong answers to one request (status 5xx, time-outs, nonsense, stale weights), and sampling gives up."""
+_HEAD = 64
+"""Requests that share so many tokens go to the same server, where their prefix is cached."""
+_SPARE = 1.25
+"""A server gets at most this multiple of its fair share of what is in flight (Mirrokni et al., arXiv 1608.01350)."""
+
+
+@dataclass(eq=False, slots=True)
+class _Server:
+    """One `vllm serve`; `trouble` says why it is not used, and is empty when it is."""
+
+    url: str
+    trouble: str = "not reached yet"
+    in_flight: int = 0
+    repair: asyncio.Task[None] | None = None
+
+
+class VllmServerPolicy:
+    """Samples from servers started as `vllm_engine.serve_arguments` says.
+
+    Args:
+        urls: addresses, such as `http://127.0.0.1:8000`.
+        tokenizer: the model's.
+        stop: an action ends when its text contains one of these.
+        eos: ids that end an action.
+        context: longest prefix and action together, in tokens; the servers' `--max-model-len` or less.
+        transfer: how weights get to the servers. None: they keep their own, and `sync` is refused.
+        timeout: seconds that a server may take for one request.
+        patience: seconds to wait for servers when none is up, before giving up.
+
+    Raises:
+        PolicyError: no server answers within `patience`, or one cannot be used.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str],
+        eos: set[int],
+        *,
+        context: int,
+        transfer: WeightTransfer | None = None,
+        timeout: float = 600.0,
+        patience: float = 300.0,
+    ) -> None:
+        for url in urls:
+            if not url.startswith(("http://", "https://")):
+                raise PolicyError(f"{url!r} is no server address; it looks like http://127.0.0.1:8000")
+        if not urls or len(set(urls)) < len(urls):
+            raise PolicyError(f"server addresses {list(urls)}: name at least one, and each once")
+        self.tokenizer, self.stop, self.context = tokenizer, tuple(stop), context
+        self.version = 0
+        self.timeout, self.patience = timeout, patience
+        self._eos, self._transfer = eos, transfer
+        self._servers = [_Server(url.rstrip("/")) for url in urls]
+        self._run_id = uuid.uuid4().hex[:8]  # a server may still hold another run's version 1
+        self._label, self._published = "", 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-servers", daemon=True)
+        self._thread.start()
+        self._changed = asyncio.Condition()
+        self._session: aiohttp.ClientSession | None = None
+        atexit.register(self.close)
+        try:
+            self._wait(self._connect())
+        except PolicyError:
+            self.close()
+            raise
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Completion]:
+        """Sample one completion per request, in order.
+
+        Raises:
+            PolicyError: an empty or too long prefix, a temperature below 0, no server for longer than `patience`, or
+                one that keeps answering wrongly.
+        """
+        check_requests(requests, self.context)
+        return self._wait(self._all([self._sample(request) for request in requests]))
+
+    def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Log-probs (temperature 1) of each continuation's tokens after its prefix. Raises PolicyError."""
+        for prefix, continuation in zip(prefixes, continuations, strict=True):
+            if not prefix or len(prefix) + len(continuation) >= self.context:
+                raise PolicyError(
+                    f"cannot score {len(continuation)} tokens after a prefix of {len(prefix)}: the prefix needs at "
+                    f"least one token, and together they must be shorter than the context of {self.context}"
+                )
+        jobs = [self._score([*p, *c], len(p)) for p, c in zip(prefixes, continuations, strict=True)]
+        return self._wait(self._all(jobs))
+
+    def sync(self, weights: Mapping[str, object] | None = None) -> None:
+        """Take over new weights on every server that is up; one that is down gets them when it is back.
+
+        Requests are finished first, then a server loads, empties its prefix cache, takes the new version's label and
+        goes on.
+
+        Raises:
+            PolicyError: no weights, no way to hand them over, or no server that took them.
+        """
+        if weights is None:
+            raise PolicyError(
+                "servers have their own copy of the weights: pass sync(weights) the learner's named parameters"
+            )
+        if self._transfer is None:
+            raise PolicyError("there is no way to get weights to these servers; make the policy with a transfer")
+        self.version += 1
+        self._published += 1
+        label = f"{self._run_id}-{self._published}"
+        self._transfer.publish({n: w.detach() for n, w in weights.items() if isinstance(w, torch.Tensor)}, label)
+        self._wait(self._push_all(label))
+
+    def close(self) -> None:
+        """Stop. The servers go on."""
+        if self._loop.is_closed():
+            return
+        self._wait(self._disconnect())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        atexit.unregister(self.close)
+
+    @property
+    def trouble(self) -> dict[str, str]:
+        """What is wrong with each server that is not used at the moment."""
+        return {server.url: server.trouble for server in self._servers if server.trouble}
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of work on the policy's own loop, whatever thread or loop the caller is in."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    @staticmethod
+    async def _all(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+        """Results in order; the first failure stops the rest."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_unwrapped(job)) for job in jobs]
+        results = []
+        for task in tasks:
+            value = task.result()
+            if isinstance(value, PolicyError):
+                raise value
+            results.append(value)
+        return results
+
+    async def _connect(self) -> None:
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        for server in self._servers:
+            self._distrust(server, server.trouble)
+        await self._until_up()
+
+    async def _disconnect(self) -> None:
+        for server in self._servers:
+            if server.repair is not None:
+                server.repair.cancel()
+        if self._session is not None:
+            await self._session.close()
+
+    async def _sample(self, request: SampleRequest) -> Completion:
+        payload = vllm_engine.generate_payload(request, self.stop, self._eos)
+        sampled = await self._ask(request.prefix, payload, vllm_engine.read_sampled)
+        return completion(sampled, request, self.tokenizer, self.stop, self._eos)
+
+    async def _score(self, sequence: Sequence[int], start: int) -> np.ndarray:
+        payload = vllm_engine.score_payload(sequence)
+        found = await self._ask(sequence, payload, lambda body: vllm_engine.read_scores(body, sequence))
+        return np.array(found[start - 1 :])
+
+    async def _ask(self, prefix: Sequence[int], payload: Mapping[str, Any], read: Any) -> Any:
+        """One request, answered by current weights. Connection failures are free; wrong answers count."""
+        faults: list[str] = []
+        while len(faults) < FAULTS:
+            server = await self._pick(prefix)
+            label = self._label
+            server.in_flight += 1
+            try:
+                answer = read(await self._post(server, vllm_engine.GENERATE, payload))
+                stale = label and getattr(answer, "weight_version", label) != label
+                if not stale:
+                    return answer
+                fault = f"it sampled with weights {answer.weight_version!r} and should have {label!r}"
+                faults.append(f"{server.url}: {fault}")
+            except aiohttp.ClientConnectionError as error:
+                fault = f"connection: {error!r}"
+            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                fault = f"{type(error).__name__}: {error}"
+                faults.append(f"{server.url}: {fault}")
+            finally:
+                server.in_flight -= 1
+            self._distrust(server, fault)
+        raise PolicyError(f"vLLM servers gave {FAULTS} wrong answers to one request: " + "; ".join(faults))
+
+    async def _pick(self, prefix: Sequence[int]) -> _Server:
+        """The server that holds this prefix, or the next in line when it has more than its share of the work."""
+        up = await self._until_up()
+        head = array("q", prefix[:_HEAD]).tobytes()
+        order = sorted(up, key=lambda server: hashlib.blake2b(head + server.url.encode()).digest())
+        share = _SPARE * (1 + sum(server.in_flight for server in up)) / len(up)
+        return next((server for server in order if server.in_flight < share), order[0])
+
+    async def _until_up(self) -> list[_Server]:
+        """The servers that are up, once there is one."""
+        started = time.monotonic()
+        while not (up := [server for server in self._servers if not server.trouble]):
+            left = self.patience - (time.monotonic() - started)
+            try:
+                async with self._changed:
+                    await asyncio.wait_for(self._changed.wait(), left)
+            except TimeoutError:
+                raise PolicyError(
+                    f"no vLLM server could be used for {self.patience:g} s: "
+                    + "; ".join(f"{server.url}: {server.trouble}" for server in self._servers)
+                    + ". Start them as docs/agents.md says"
+                ) from None
+        return up
+
+    def _distrust(self, server: _Server, trouble: str) -> None:
+        """Use a server no more until it is healthy and has the current weights."""
+        server.trouble = trouble
+        if server.repair is None or server.repair.done():
+            server.repair = self._loop.create_task(self._repair(server))
+
+    async def _repair(self, server: _Server) -> None:
+        """Until it works: wait for the server to be healthy, give it the current weights, use it again."""
+        pause = 0.05
+        while server.trouble:
+            try:
+                await self._get(server, vllm_engine.HEALTH)
+                while (label := self._label) and self._transfer is not None:
+                    await self._push(server, label)
+                    if label == self._label:  # else a sync came in between
+                        break
+                server.trouble = ""
+                async with self._changed:
+                    self._changed.notify_all()
+                return
+            except (aiohttp.ClientError, TimeoutError, ValueError, PolicyError) as error:
+                server.trouble = f"{type(error).__name__}: {error}"
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 5.0)
+
+    async def _push_all(self, label: str) -> None:
+        self._label = label
+
+        async def push(server: _Server) -> None:
+            try:
+                await self._push(server, label)
+            except (aiohttp.ClientError, TimeoutError, ValueError, PolicyError) as error:
+                self._distrust(server, f"it did not take new weights: {type(error).__name__}: {error}")
+
+        await asyncio.gather(*(push(server) for server in self._servers if not server.trouble))
+        await self._until_up()
+
+    async def _push(self, server: _Server, label: str) -> None:
+        """Pause, update, empty the cache, label, go on. A server that fails on the way stays paused until repaired."""
+        assert self._transfer is not None
+        await self._post(server, vllm_engine.PAUSE, {})
+        for path, payload in await self._transfer.steps(server.url, label):
+            await self._post(server, path, payload)
+        reset = await self._post(server, vllm_engine.RESET_CACHE, {})
+        if not (isinstance(reset, dict) and reset.get("success")):
+            raise PolicyError("it did not empty its prefix cache")
+        await self._post(server, vllm_engine.SET_VERSION, {"new_version": label})
+        await self._post(server, vllm_engine.RESUME, {})
+
+    async def _get(self, server: _Server, path: str) -> None:
+        assert self._session is not None
+        async with self._session.get(server.url + path, timeout=aiohttp.ClientTimeout(total=10)) as response:
+            response.raise_for_status()
+
+    async def _post(self, server: _Server, path: str, payload: Mapping[str, Any]) -> Any:
+        """The JSON answer. Raises PolicyError on a refusal (4xx), which no other server would answer differently."""
+        assert self._session is not None
+        timeout = aiohttp.ClientTimeout(total=self.timeout)
+        async with self._session.post(server.url + path, json=payload, timeout=timeout) as response:
+            if 400 <= response.status < 500 and response.status not in (408, 429):
+                text = (await response.text())[:500]
+                hint = (
+                    f"; start it as docs/agents.md says, with {vllm_engine.SERVE_ENVIRONMENT} in its environment"
+                    if response.status in (403, 404)
+                    else ""
+                )
+                raise PolicyError(f"{server.url}{path} refused ({response.status}): {text}{hint}")
+            response.raise_for_status()
+            return await response.json(content_type=None)
+
+
+async def _unwrapped(job: Coroutine[Any, Any, T]) -> T | PolicyError:
+    """A refusal as a value: a TaskGroup would wrap the exception."""
+    try:
+        return await job
+    except PolicyError as error:
+        return error

@@ -1,0 +1,66 @@
+"""Serve an agent's model with vLLM, for training and evaluation with `--backend vllm-server --urls ...`.
+
+    python scripts/serve_agent.py tiny --port 8001
+    python scripts/serve_agent.py Qwen/Qwen2.5-3B-Instruct --dtype bfloat16 --tensor-parallel-size 2
+
+Runs `vllm serve` with what carl-gym needs: processed log-probs, prefix caching, token ids in and out, and workers that
+take new weights. Options that are not listed go to `vllm serve` as they are. The endpoints that change weights have no
+password: servers listen on loopback unless `--host` says otherwise.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from carl_gym.agents.card import resolve
+from carl_gym.console import run_command
+
+
+@dataclass(frozen=True)
+class Options:
+    """Serve an agent's model with vLLM."""
+
+    agent: Annotated[str, tyro.conf.Positional] = "tiny"
+    """Agent card, model folder or hub id."""
+    port: int = 8000
+    """Port to listen on."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
+    """Of the weights; the card's by default."""
+    context: int | None = None
+    """Longest prefix and action together, in tokens; the card's, or else the model's, by default."""
+    dry_run: bool = False
+    """Print the command and stop."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options, others = tyro.cli(Options, args=arguments, return_unknown_args=True)
+    run_command(lambda: serve(options, others))
+
+
+def serve(options: Options, others: Sequence[str]) -> None:
+    """Become `vllm serve`."""
+    from carl_gym.agents import vllm_engine  # --help should not wait for torch
+
+    card, model = resolve(options.agent)
+    command = vllm_engine.serve_arguments(
+        model,
+        dtype=options.dtype or card.dtype,
+        context=options.context or card.context or None,
+        port=options.port,
+        cpu=vllm_engine.runs_on_cpu(),
+    )
+    command += others
+    environment = " ".join(f"{name}={value}" for name, value in vllm_engine.SERVE_ENVIRONMENT.items())
+    print(environment, shlex.join(command), flush=True)
+    if not options.dry_run:
+        vllm_engine.require_vllm()
+        os.execvpe(command[0], command, os.environ | vllm_engine.SERVE_ENVIRONMENT)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

