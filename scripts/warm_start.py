@@ -9,7 +9,8 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from carl_gym.agents.agent import Agent, AgentCard
+from carl_gym.agents.agent import Agent
+from carl_gym.agents.card import AgentCard
 from carl_gym.agents.transcript import InlineTranscript
 from carl_gym.agents.transformers_policy import TransformersPolicy
 from carl_gym.cards import load_card

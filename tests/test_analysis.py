@@ -1,4 +1,6 @@
 # ruff: noqa: RUF001 (typographic apostrophes are what is tested)
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,9 +68,9 @@ def test_queries_are_numbered_by_the_terms_that_the_vocabulary_has() -> None:
 @given(st.lists(st.text(max_size=30), max_size=5))
 def test_a_query_gets_the_numbers_of_its_terms(texts: list[str]) -> None:
     terms = [analyze(text) for text in texts]
-    vocabulary = {term: number for number, term in enumerate(sorted(set(sum(terms, []))))}
+    vocabulary = {term: number for number, term in enumerate({term for words in terms for term in words})}
     numbers, offsets = QueryEncoder(vocabulary)(texts)
-    found = [numbers[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+    found = [numbers[a:b].tolist() for a, b in pairwise(offsets)]
     assert found == [[vocabulary[term] for term in words] for words in terms]
 
 

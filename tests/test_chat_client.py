@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
 import pytest
 from openai_toys import TOOLS, Body, ChatServer, Reply, ask, error, message, starting
@@ -144,7 +145,7 @@ def test_settings_that_cannot_work(monkeypatch):
 
 
 def test_every_one_of_many_requests_gets_its_own_answer_and_no_more_are_in_flight_than_allowed(start):
-    crowd = threading.Barrier(8)
+    crowd = threading.Barrier(8, lambda: time.sleep(0.05))  # in which a ninth would come
 
     def answer(body: Body, number: int) -> Reply:
         crowd.wait(30)  # breaks unless eight come together

@@ -58,7 +58,7 @@ def test_a_configuration_is_json_and_names_every_option(tmp_path):
     config = TrainConfig(output_dir=tmp_path, forks=3)
     read = json.loads(json.dumps(config.as_dict()))
     assert set(read) == {field.name for field in dataclasses.fields(TrainConfig)}
-    texts = {name: tuple(read[name]) for name in ("env_args", "eval_args")}
+    texts = {name: tuple(read[name]) for name in ("env_args", "eval_args", "urls")}
     assert TrainConfig(**{**read, **texts, "output_dir": Path(read["output_dir"])}) == config
 
 
@@ -100,8 +100,15 @@ def test_a_run_is_resumed_with_the_same_settings_or_ones_that_change_no_result(t
     config = TrainConfig(output_dir=tmp_path / "run", seed=3)
     claim(config)
     written = (tmp_path / "run" / CONFIG_FILE).read_text(encoding="utf-8")
-    again = dataclasses.replace(config, resume=True, threads=2, tracking_uri="sqlite:///other.db")
-    assert {"resume", "threads", "tracking_uri"} == set(MAY_CHANGE)
+    changes = {
+        "resume": True,
+        "threads": 2,
+        "tracking_uri": "sqlite:///other.db",
+        "urls": ("http://127.0.0.1:1",),
+        "weights_dir": tmp_path,
+    }
+    again = dataclasses.replace(config, **changes)
+    assert set(changes) == set(MAY_CHANGE)
     claim(again)
     assert (tmp_path / "run" / CONFIG_FILE).read_text(encoding="utf-8") == written
 

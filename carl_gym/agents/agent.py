@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -66,12 +67,26 @@ class Agent:
         assert self.model is not None
         self.policy.sync(None if self.shares_weights else dict(self.model.named_parameters()))
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """While the learner updates: an engine on the same GPU lends it the memory."""
+        sleeps = hasattr(self.policy, "sleep") and hasattr(self.policy, "wake")
+        if sleeps:
+            self.policy.sleep()
+        try:
+            yield
+        finally:
+            if sleeps:
+                self.policy.wake()
+
     def save(self, folder: Path) -> None:
         """Write model, tokenizer and card; `load_agent(folder)` gives the agent back."""
         assert self.model is not None and self.tokenizer is not None
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        values = {name: getattr(self.card, name) for name in AgentCard.__slots__} | {"model": ".", "lora": ""}
+        # `openai` is a table, and empty wherever there is a model to save.
+        values = {name: getattr(self.card, name) for name in AgentCard.__slots__ if name != "openai"}
+        values |= {"model": ".", "lora": ""}
         lines = (f"{name} = {_toml(value)}\n" for name, value in values.items())
         (folder / CARD_FILE).write_text("".join(lines), encoding="utf-8")
 
@@ -207,6 +222,7 @@ def _hosted(card: AgentCard, name: str, tools: Sequence[str]) -> Agent:
         max_tokens=card.max_tokens,
         base_url=card.urls[0],
         tool_mode="tags" if chat and card.tool_format == "tags" else "tools",
+        **card.openai,
     )
     return Agent(card, policy, transcript)
 

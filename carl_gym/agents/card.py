@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +41,7 @@ class AgentCard:
         thinking: whether the agent thinks in `<think>` before it acts; a chat template gets it as `enable_thinking`.
         backend: what runs the model.
         urls: addresses of the servers of `vllm-server` and `openai`.
+        openai: what the backend `openai` is told besides, see `chat_client.OpenAISettings`.
         lora: folder or hub id of a PEFT adapter that is put on the model; "" for none.
         dtype: of the weights; `auto` is what the model was stored in.
 
@@ -62,11 +63,12 @@ class AgentCard:
     thinking: bool = True
     backend: Literal["transformers", "vllm", "vllm-server", "openai"] = "transformers"
     urls: tuple[str, ...] = ()
+    openai: dict[str, object] = field(default_factory=dict)
     lora: str = ""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
 
     def __post_init__(self) -> None:
-        defaults = {field.name: field.default for field in fields(self)}
+        defaults = {key.name: key.default for key in fields(self)}
         if self.transcript == "inline":
             for key in ("system", "tool_role", "tool_format"):
                 if getattr(self, key) != defaults[key]:
@@ -78,6 +80,10 @@ class AgentCard:
             raise CardError(f'{self.id}: backend vllm-server needs urls, such as ["http://localhost:8000"]')
         if wrong := [url for url in self.urls if not url.startswith(("http://", "https://"))]:
             raise CardError(f"{self.id}: urls has {wrong[0]!r}; expected addresses that start with http:// or https://")
+        if self.openai and self.backend != "openai":
+            raise CardError(f"{self.id}: openai is for the backend openai, not for {self.backend}")
+        if taken := sorted({"model", "base_url", "tool_mode"} & set(self.openai)):
+            raise CardError(f"{self.id}: openai.{taken[0]} follows from the card's model, urls and tool_format")
         if self.lora and self.backend == "openai":
             raise CardError(f"{self.id}: lora cannot be put on a hosted model; name the adapted model in `model`")
 

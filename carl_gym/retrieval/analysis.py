@@ -53,7 +53,9 @@ class QueryEncoder:
         self._memo = _Memo(self._numbers, _MEMO)
 
     def __call__(self, texts: Iterable[str]) -> tuple[Longs, Longs]:
-        """The numbers of all texts' terms, in order, with repetitions; and where each text's begin, and the last's end."""
+        """The numbers of the texts' terms, one text after another, in order and with repetitions; text i has those from
+        `offsets[i]` to `offsets[i + 1]` of the second array.
+        """
         encoded = [b"".join(map(self._memo.__getitem__, text.split())) for text in texts]
         offsets = np.cumsum([0, *map(len, encoded)]) // _WIDTH
         return np.frombuffer(b"".join(encoded), np.int64), offsets

@@ -138,7 +138,8 @@ class Trainer:
             for parts in zip(trees, self.algorithm.credit(trees), self.algorithm.selection(trees), strict=True)
         ]
         cuts = [len(credited) * i // self.config.minibatches for i in range(self.config.minibatches + 1)]
-        updates = [self._update(credited[start:end]) for start, end in itertools.pairwise(cuts)]
+        with self.agent.resting():
+            updates = [self._update(credited[start:end]) for start, end in itertools.pairwise(cuts)]
         updated = time.perf_counter()
         gap = self._sync()
         ended = time.perf_counter()
