@@ -66,6 +66,7 @@ def main(options: Options) -> None:
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     agent = load_agent(options.agent, device=options.device)
+    assert agent.model is not None
     task = make_task("carl/MiniWiki-v0", questions=600)
     parameters = sum(p.numel() for p in agent.model.parameters())
     print(f"Agent {options.agent}: {parameters:,} parameters, {options.device}, {options.threads} thread(s).\n")
@@ -84,7 +85,8 @@ def sampling_table(agent: Agent, task: SearchTask, options: Options) -> None:
         few = oracle_prefixes(agent, task, max(1, batch // SIBLINGS))
         siblings = [prefix for prefix in few for _ in range(min(SIBLINGS, batch))]
         first = agent.policy.sample(to_requests(agent, fresh, stream=0))
-        observation = agent.transcript.observation(task.observation(task.initial(next(iter(task.questions.values())))))
+        question = next(iter(task.questions.values()))
+        observation = agent.transcript.observation(task.observation(task.initial(question)), ())
         grown = [(*p, *done.token_ids, *observation) for p, done in zip(fresh, first, strict=True)]
 
         def warm(fresh: list[tuple[int, ...]] = fresh) -> None:
@@ -132,7 +134,8 @@ def to_requests(agent: Agent, prefixes: Sequence[tuple[int, ...]], stream: int) 
 @torch.inference_mode()
 def generate(agent: Agent, prefixes: Sequence[tuple[int, ...]]) -> int:
     """Sample with transformers' own `generate`, padded on the left; returns the number of tokens up to the stop."""
-    tokenizer, model = agent.transcript.tokenizer, agent.model
+    tokenizer, model = agent.tokenizer, agent.model
+    assert tokenizer is not None and model is not None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     width = max(map(len, prefixes))
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prefixes], device=model.device)
@@ -156,6 +159,7 @@ def generate(agent: Agent, prefixes: Sequence[tuple[int, ...]]) -> int:
 
 def oracle_prefixes(agent: Agent, task: SearchTask, count: int) -> list[tuple[int, ...]]:
     """Different prefixes of 0 to 3 turns."""
+    assert agent.tokenizer is not None
     oracle, found = OraclePolicy(task), []
     for index, question in enumerate(itertools.islice(task.questions.values(), count)):
         state = task.initial(question)
@@ -163,8 +167,8 @@ def oracle_prefixes(agent: Agent, task: SearchTask, count: int) -> list[tuple[in
         for _ in range(index % 4):
             action = oracle.actions(state)[0]
             state = task.transition(state, action)
-            prefix += agent.transcript.tokenizer.encode(action, add_special_tokens=False)
-            prefix += agent.transcript.observation(task.observation(state))
+            tokens = agent.tokenizer.encode(action, add_special_tokens=False)
+            prefix += [*tokens, *agent.transcript.observation(task.observation(state), tokens)]
         found.append(tuple(prefix))
     return found
 
@@ -172,6 +176,7 @@ def oracle_prefixes(agent: Agent, task: SearchTask, count: int) -> list[tuple[in
 def training_table(agent: Agent, task: SearchTask, options: Options) -> None:
     """Tokens per second of the update, on the rows of CARL trees."""
     batch = carl_rows(agent, task, options)
+    assert agent.model is not None
     learner = Learner(agent.model, learning_rate=0.0)  # weights, and with them the work, stay the same
     speeds, padded = [], 0
     for _ in range(options.repeats + 1):

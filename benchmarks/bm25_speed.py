@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from carl_gym.retrieval import Corpus, Passage, bm25
+from carl_gym.retrieval.analysis import analyze
 from carl_gym.retrieval.bm25 import BM25
 
 HEAD = (
@@ -63,7 +64,7 @@ def measure(corpus: Corpus) -> list[str]:
             batches = [queries[i : i + batch] for i in range(0, len(queries), batch)]
             rates.append(rate(lambda batches=batches: [index.search(b, 10) for b in batches], len(queries)))  # type: ignore[misc]
         other = bm25s.BM25.load(folder, mmap=True, show_progress=False)
-        tokens = [index._analyze(query) for query in queries]
+        tokens = [analyze(query) for query in queries]
         rates.append(rate(lambda: other.retrieve(tokens, k=10, show_progress=False), len(queries)))
     numbers = (len(corpus), build, size, peak, load, *rates)
     return [f"{number:,.1f}" if number < 100 else f"{number:,.0f}" for number in numbers]

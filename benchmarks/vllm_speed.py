@@ -65,9 +65,8 @@ def main(options: Options) -> None:
             source = build_100m(Path(folder)) if name == "100m" else name
             model, policies = load(source)
             size = sum(p.numel() for p in model.parameters())
-            print(
-                f"\n### {name}: {size:,} parameters, {options.threads} thread(s), {options.prefix} + {options.tokens} tokens\n"
-            )
+            print(f"\n### {name}: {size:,} parameters, {options.threads} thread(s)\n")
+            print(f"{options.prefix} tokens before the action, {options.tokens} in it.\n")
             speed_table(policies, stream, options)
             sync_line(policies["vllm"], model)
             if name != "100m":
@@ -197,9 +196,8 @@ def fork_table(source: str) -> None:
         computed = asked - (after["cached_tokens"] - before["cached_tokens"])
         unique = sum(map(unique_prefix_tokens, trees))
         actions = sum(tree.actions_generated for tree in trees)
-        print(
-            f"| N0 = {initial}, N = {forks} | {actions:,} | {asked:,} | {computed:,} | {unique:,} | {computed / unique:.2f} |"
-        )
+        cells = [f"{n:,}" for n in (actions, asked, computed, unique)]
+        print(f"| N0 = {initial}, N = {forks} | {' | '.join(cells)} | {computed / unique:.2f} |", flush=True)
     print(f"\n(16 questions; a cache block has {vllm_engine.CPU_BLOCK} tokens)")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +36,13 @@ from carl_gym.errors import PolicyError
 Backend = Literal["transformers", "vllm", "vllm-server", "openai"]
 _UNUSABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 """What transformers raises on a folder or hub id that holds no usable model."""
+
+
+@runtime_checkable
+class _Sleeper(Protocol):
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +77,14 @@ class Agent:
     @contextmanager
     def resting(self) -> Iterator[None]:
         """While the learner updates: an engine on the same GPU lends it the memory."""
-        sleeps = hasattr(self.policy, "sleep") and hasattr(self.policy, "wake")
-        if sleeps:
-            self.policy.sleep()
+        if not isinstance(self.policy, _Sleeper):
+            yield
+            return
+        self.policy.sleep()
         try:
             yield
         finally:
-            if sleeps:
-                self.policy.wake()
+            self.policy.wake()
 
     def save(self, folder: Path) -> None:
         """Write model, tokenizer and card; `load_agent(folder)` gives the agent back."""
