@@ -204,7 +204,7 @@ def _merged(model: PreTrainedModel, lora: str, name: str) -> PreTrainedModel:
         from peft import PeftModel
     except ImportError as error:
         raise PolicyError(
-            f"agent {name!r} has a LoRA adapter, which needs the package peft: pip install peft"
+            f"agent {name!r} has a LoRA adapter, which needs the package peft: pip install 'carl-gym[lora]'"
         ) from error
     try:
         return PeftModel.from_pretrained(model, lora).merge_and_unload()

@@ -85,15 +85,8 @@ class VllmPolicy:
         Raises:
             PolicyError: an empty prefix, or a sequence that does not leave one token of the context free.
         """
-        for prefix, continuation in zip(prefixes, continuations, strict=True):
-            if not prefix or len(prefix) + len(continuation) >= self.context:
-                raise PolicyError(
-                    f"cannot score {len(continuation)} tokens after a prefix of {len(prefix)}: the prefix needs at "
-                    f"least one token, and together they must be shorter than the context of {self.context}"
-                )
-        found = vllm_engine.prompt_logprobs(
-            self.engine, [[*p, *c] for p, c in zip(prefixes, continuations, strict=True)]
-        )
+        sequences = joined(prefixes, continuations, self.context)
+        found = vllm_engine.prompt_logprobs(self.engine, sequences)
         return [np.array(row[len(prefix) - 1 :]) for prefix, row in zip(prefixes, found, strict=True)]
 
     def sync(self, weights: Mapping[str, object] | None = None) -> None:
@@ -152,3 +145,14 @@ def completion(
             "or end-of-sequence token in it; do tokenizer and model belong together?"
         )
     return Completion(tokens, sampled.logprobs, text, finish)
+
+
+def joined(prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], context: int) -> list[list[int]]:
+    """Each prefix with its continuation, for vLLM to score. Raises PolicyError when one is too short or too long."""
+    for prefix, continuation in zip(prefixes, continuations, strict=True):
+        if not prefix or len(prefix) + len(continuation) >= context:
+            raise PolicyError(
+                f"cannot score {len(continuation)} tokens after a prefix of {len(prefix)}: the prefix needs at least "
+                f"one token, and together they must be shorter than the context of {context}"
+            )
+    return [[*prefix, *continuation] for prefix, continuation in zip(prefixes, continuations, strict=True)]

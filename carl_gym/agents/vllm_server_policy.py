@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from carl_gym.agents import vllm_engine
 from carl_gym.agents.policy import Completion, SampleRequest, check_requests
-from carl_gym.agents.vllm_policy import completion
+from carl_gym.agents.vllm_policy import completion, joined
 from carl_gym.agents.weight_transfer import WeightTransfer
 from carl_gym.errors import PolicyError
 
@@ -114,13 +114,8 @@ class VllmServerPolicy:
 
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probs (temperature 1) of each continuation's tokens after its prefix. Raises PolicyError."""
-        for prefix, continuation in zip(prefixes, continuations, strict=True):
-            if not prefix or len(prefix) + len(continuation) >= self.context:
-                raise PolicyError(
-                    f"cannot score {len(continuation)} tokens after a prefix of {len(prefix)}: the prefix needs at "
-                    f"least one token, and together they must be shorter than the context of {self.context}"
-                )
-        jobs = [self._score([*p, *c], len(p)) for p, c in zip(prefixes, continuations, strict=True)]
+        sequences = joined(prefixes, continuations, self.context)
+        jobs = [self._score(sequence, len(prefix)) for sequence, prefix in zip(sequences, prefixes, strict=True)]
         return self._wait(self._all(jobs))
 
     def sync(self, weights: Mapping[str, object] | None = None) -> None:
