@@ -138,7 +138,7 @@ def test_a_refusal_is_an_error_at_once(server: FakeServer, policy: VllmServerPol
     with pytest.raises(PolicyError, match=r"refused \(400\): prompt too long"):
         policy.sample(ask(1))
     server.script = [status(403, "Scale-out endpoints are disabled")]
-    with pytest.raises(PolicyError, match=r"refused \(403\).*start it as docs/agents.md says"):
+    with pytest.raises(PolicyError, match=r"refused \(403\).*start it as docs/agents-backends.md says"):
         policy.sample(ask(1))
     assert server.asked == 2
     assert policy.sample(ask(2)), "the policy can be used on"

@@ -7,7 +7,6 @@ runs it. A model without a card is used through the chat template of its tokeniz
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -148,7 +147,7 @@ def load_agent(
         from carl_gym.agents.vllm_server_policy import VllmServerPolicy
         from carl_gym.agents.weight_transfer import DiskTransfer
 
-        transfer = DiskTransfer(weights_dir or Path(tempfile.mkdtemp(prefix="carl-gym-weights-"))) if model else None
+        transfer = DiskTransfer(weights_dir) if model else None
         policy = VllmServerPolicy(
             card.urls, tokenizer, STOP_STRINGS, eos, context=transcript.context, transfer=transfer
         )

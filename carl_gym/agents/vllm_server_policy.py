@@ -11,8 +11,8 @@ import asyncio
 import atexit
 import hashlib
 import threading
-import time
 import uuid
+import warnings
 from array import array
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +33,8 @@ T = TypeVar("T")
 
 FAULTS = 5
 """So many wrong answers to one request (status 5xx, time-outs, nonsense, stale weights), and sampling gives up."""
+_NOTICE = 10.0
+"""Seconds of waiting for servers before a warning says so."""
 _HEAD = 64
 """Requests that share so many tokens go to the same server, where their prefix is cached."""
 _SPARE = 1.25
@@ -125,7 +127,7 @@ class VllmServerPolicy:
         goes on.
 
         Raises:
-            PolicyError: no weights, no way to hand them over, or no server that took them.
+            PolicyError: no weights, no way to hand them over, a server that refuses them, or none that took them.
         """
         if weights is None:
             raise PolicyError(
@@ -166,20 +168,20 @@ class VllmServerPolicy:
     @staticmethod
     async def _all(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         """Results in order; the first failure stops the rest."""
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_unwrapped(job)) for job in jobs]
-        results = []
-        for task in tasks:
-            value = task.result()
-            if isinstance(value, PolicyError):
-                raise value
-            results.append(value)
-        return results
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(job) for job in jobs]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return [task.result() for task in tasks]
 
     async def _connect(self) -> None:
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         for server in self._servers:
             self._distrust(server, server.trouble)
+        # Those that are there already are all used from the beginning.
+        repairs = [server.repair for server in self._servers if server.repair is not None]
+        await asyncio.wait(repairs, timeout=min(_NOTICE, self.patience))
         await self._until_up()
 
     async def _disconnect(self) -> None:
@@ -233,19 +235,29 @@ class VllmServerPolicy:
 
     async def _until_up(self) -> list[_Server]:
         """The servers that are up, once there is one."""
-        started = time.monotonic()
-        while not (up := [server for server in self._servers if not server.trouble]):
-            left = self.patience - (time.monotonic() - started)
+
+        def up() -> list[_Server]:
+            return [server for server in self._servers if not server.trouble]
+
+        while not (found := up()):
+            notice = self._loop.call_later(_NOTICE, self._say_what_is_waited_for)
             try:
                 async with self._changed:
-                    await asyncio.wait_for(self._changed.wait(), left)
+                    await asyncio.wait_for(self._changed.wait_for(up), self.patience)
             except TimeoutError:
                 raise PolicyError(
-                    f"no vLLM server could be used for {self.patience:g} s: "
-                    + "; ".join(f"{server.url}: {server.trouble}" for server in self._servers)
-                    + ". Start them as docs/agents.md says"
+                    f"no vLLM server could be used for {self.patience:g} s: {self._troubles()}. Start them as "
+                    "docs/agents-backends.md says"
                 ) from None
-        return up
+            finally:
+                notice.cancel()
+        return found
+
+    def _say_what_is_waited_for(self) -> None:
+        warnings.warn(f"waiting up to {self.patience:g} s for vLLM servers: {self._troubles()}", stacklevel=1)
+
+    def _troubles(self) -> str:
+        return "; ".join(f"{url}: {trouble}" for url, trouble in self.trouble.items())
 
     def _distrust(self, server: _Server, trouble: str) -> None:
         """Use a server no more until it is healthy and has the current weights."""
@@ -278,7 +290,7 @@ class VllmServerPolicy:
         async def push(server: _Server) -> None:
             try:
                 await self._push(server, label)
-            except (aiohttp.ClientError, TimeoutError, ValueError, PolicyError) as error:
+            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
                 self._distrust(server, f"it did not take new weights: {type(error).__name__}: {error}")
 
         await asyncio.gather(*(push(server) for server in self._servers if not server.trouble))
@@ -292,7 +304,7 @@ class VllmServerPolicy:
             await self._post(server, path, payload)
         reset = await self._post(server, vllm_engine.RESET_CACHE, {})
         if not (isinstance(reset, dict) and reset.get("success")):
-            raise PolicyError("it did not empty its prefix cache")
+            raise ValueError("it did not empty its prefix cache")
         await self._post(server, vllm_engine.SET_VERSION, {"new_version": label})
         await self._post(server, vllm_engine.RESUME, {})
 
@@ -308,19 +320,7 @@ class VllmServerPolicy:
         async with self._session.post(server.url + path, json=payload, timeout=timeout) as response:
             if 400 <= response.status < 500 and response.status not in (408, 429):
                 text = (await response.text())[:500]
-                hint = (
-                    f"; start it as docs/agents.md says, with {vllm_engine.SERVE_ENVIRONMENT} in its environment"
-                    if response.status in (403, 404)
-                    else ""
-                )
+                hint = "; start it as docs/agents-backends.md says" if response.status in (403, 404) else ""
                 raise PolicyError(f"{server.url}{path} refused ({response.status}): {text}{hint}")
             response.raise_for_status()
             return await response.json(content_type=None)
-
-
-async def _unwrapped(job: Coroutine[Any, Any, T]) -> T | PolicyError:
-    """A refusal as a value: a TaskGroup would wrap the exception."""
-    try:
-        return await job
-    except PolicyError as error:
-        return error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,10 +35,13 @@ class DiskTransfer:
     """A safetensors file in a folder that the learner can write and every server can read. Works anywhere.
 
     Args:
-        folder: the same path on all machines.
+        folder: the same path on all machines; without one, a temporary folder of this machine.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        if folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="carl-gym-weights-")  # goes when this object goes
+            folder = Path(self._temporary.name)
         self.folder = folder.absolute()
         self._kept: list[Path] = []
 
