@@ -34,6 +34,12 @@ def start(folder: Path, **options: int) -> VllmPolicy:
     return VllmPolicy(str(folder), TAGS, STOP_STRINGS, EOS, dtype="float32", context=CONTEXT, **options)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def numba_was_imported_before() -> None:
+    """As after a search in a large corpus: vLLM's start must not trip over what numba brings."""
+    pytest.importorskip("numba")
+
+
 @pytest.fixture(params=["llama-tied", "llama", "qwen2", "qwen3-tied"])
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedModel, VllmPolicy]:
     kind, _, tied = request.param.partition("-")

@@ -9,7 +9,9 @@ vLLM is imported when an engine is started and not before.
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -107,6 +109,7 @@ def start_engine(
 
     settings: dict[str, Any] = {"gpu_memory_utilization": memory, "enable_sleep_mode": sleep}
     if current_platform.is_cpu():
+        _spare_llvmlite()
         # The learner shares these cores: the engine must not tie threads to them, nor replace set_num_threads.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         settings = {
@@ -126,6 +129,25 @@ def start_engine(
     finally:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
+
+
+def _spare_llvmlite() -> None:
+    """vLLM's CPU build looks for its kernels in every module of the process, and an object of llvmlite (which numba
+    imports) makes that fail: it has any attribute that it is asked for. Hide it meanwhile."""
+    from vllm.triton_utils import dispatcher
+
+    name, rebind = "llvmlite.binding.ffi", dispatcher._rebind_kernels
+
+    def without_llvmlite(overrides: Any) -> None:
+        hidden = sys.modules.pop(name, None)
+        try:
+            rebind(overrides)
+        finally:
+            if hidden is not None:
+                sys.modules[name] = hidden
+
+    if not hasattr(rebind, "__wrapped__"):
+        dispatcher._rebind_kernels = functools.wraps(rebind)(without_llvmlite)
 
 
 def sampling_parameters(request: SampleRequest, stop: Sequence[str], eos: Iterable[int]) -> dict[str, Any]:
