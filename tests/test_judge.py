@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -84,6 +85,16 @@ def test_a_batch_keeps_its_order(endpoints: list[Endpoint]) -> None:
     judge, _ = start(endpoints, compares, concurrency=8)
     items = [(f"q{i}", [f"a{i}"], f"a{i}" if i % 3 else "wrong") for i in range(60)]
     assert judge.score_batch(items) == [bool(i % 3) for i in range(60)]
+
+
+def test_what_stands_twice_in_a_batch_is_asked_once(endpoints: list[Endpoint]) -> None:
+    def slow(prompt: str) -> Reply:
+        time.sleep(0.05)  # so that all are on their way before the first verdict is there
+        return compares(prompt)
+
+    judge, endpoint = start(endpoints, slow, concurrency=8)
+    assert judge.score_batch([("q", ["a"], "a"), ("q", ["a"], "b")] * 4) == [True, False] * 4
+    assert len(endpoint.requests) == 2
 
 
 @pytest.mark.parametrize(

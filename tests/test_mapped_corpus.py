@@ -1,6 +1,8 @@
 import json
 import multiprocessing
+import os
 import pickle
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -81,6 +83,33 @@ def test_what_cannot_be_mapped_is_named_and_leaves_nothing(tmp_path: Path) -> No
     with pytest.raises(RuntimeError, match="power cut"):
         map_corpus(broken(), tmp_path / "corpus")
     assert list(tmp_path.iterdir()) == []
+
+
+def _map_and_die(folder: Path) -> None:
+    def killed() -> Iterator[Passage]:
+        yield PASSAGES[0]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    map_corpus(killed(), folder)
+
+
+def test_what_a_killed_run_left_is_deleted_and_what_a_running_one_writes_is_not(tmp_path: Path) -> None:
+    killed = multiprocessing.get_context("fork").Process(target=_map_and_die, args=(tmp_path / "corpus",))
+    killed.start()
+    killed.join()
+    (left,) = tmp_path.iterdir()
+    running = left.with_name(left.name.replace(str(killed.pid), str(os.getppid())))
+    other = tmp_path / f".corpus.elsewhere.{killed.pid}"
+    running.mkdir()
+    other.mkdir()
+    map_corpus(PASSAGES, tmp_path / "corpus")
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus", running.name, other.name}
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match=r"file/corpus: the passages cannot be mapped there .*CARL_GYM_CACHE"):
+        map_corpus(PASSAGES, tmp_path / "file" / "corpus")
 
 
 def test_a_damaged_or_unfinished_folder_is_refused(tmp_path: Path) -> None:

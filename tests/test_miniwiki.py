@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from carl_gym.agents.scripted import ByteTranscript, OraclePolicy
 from carl_gym.envs.miniwiki import BOILERPLATE, COUNTS, World, generate, vocabulary
 from carl_gym.envs.registration import make_task
-from carl_gym.errors import ConfigError
+from carl_gym.errors import ConfigError, StateError
 from carl_gym.evaluation import evaluate
 
 HOPS = (2, 3, 4)
@@ -51,6 +51,17 @@ def test_the_same_arguments_give_the_same_world_and_others_another():
     assert generate(5, split="test", questions=50, noise=0.3) == one
     others = [generate(6, split="test", questions=50, noise=0.3), generate(5, split="train", questions=50, noise=0.3)]
     assert all(other.passages != one.passages and other.questions != one.questions for other in others)
+
+
+def test_worlds_that_differ_in_hops_do_not_take_each_others_states():
+    tasks = [make_task("carl/MiniWiki-v0", questions=20, hops=hops) for hops in ((2, 3), [2, 3], (2,), (3, 2))]
+    assert len({task.corpus.fingerprint for task in tasks}) == 1
+    first, again, *others = tasks
+    assert list(again.questions) == list(first.questions) == [f"miniwiki-train0-{n}" for n in range(20)]
+    for task in others:
+        assert not set(task.questions) & set(first.questions)
+        with pytest.raises(StateError, match="is not among the questions"):
+            task.validate(first.initial(next(iter(first.questions.values()))))
 
 
 def test_a_world_does_not_depend_on_the_process():

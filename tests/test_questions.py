@@ -84,6 +84,8 @@ def test_steps_apply_in_the_order_that_is_documented() -> None:
         ({"question_ids": "none.txt"}, DataError, r"question_ids: none\.txt cannot be read"),
         ({"limit": 0}, ConfigError, "limit=0; expected a whole number of at least 1"),
         ({"limit": "3"}, ConfigError, "limit='3'"),
+        ({"question_ids": 3}, ConfigError, r"question_ids=3; expected a list of ids"),
+        ({"question_ids": ["q1", ["q2"]]}, ConfigError, r"question_ids=\['q1', \['q2'\]\]; expected a list of ids"),
         ({"shuffle": 1.5}, ConfigError, "shuffle=1.5; expected a whole number"),
         ({"shard": (2, 2)}, ConfigError, "there is no part 2 of 2"),
         ({"shard": (-1, 2)}, ConfigError, "there is no part -1 of 2"),

@@ -30,9 +30,10 @@ from carl_gym.envs.task import SearchTask
 from carl_gym.errors import ConfigError, RetrievalError
 from carl_gym.retrieval import Corpus, Passage, make_retriever
 from carl_gym.retrieval.bm25 import BM25, BM25Settings
+from carl_gym.retrieval.corpus import join_contents, split_contents
 from carl_gym.retrieval.remote import Remote, RemoteSettings, remote_corpus
 from carl_gym.retrieval.server import Limits, create_app, serving
-from carl_gym.retrieval.wire import contents, passage_of, row
+from carl_gym.retrieval.wire import passage_of, row
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = towns()
@@ -49,6 +50,15 @@ def url() -> Iterator[str]:
 def test_a_row_gives_back_its_passage(id: str, title: str, text: str) -> None:
     passage = Passage(id, title, text)
     assert passage_of(json.loads(json.dumps(row(passage)))) == passage
+
+
+@given(*[st.text(st.characters(exclude_characters="\n")), st.text()])
+def test_contents_are_put_together_and_taken_apart_in_one_place(title: str, text: str) -> None:
+    """As a file has them and as another server's rows have them: marks in and around a title stay."""
+    passage = Passage("a", title, text.rstrip())
+    contents = join_contents(passage)
+    assert split_contents(contents) == (title, passage.text)
+    assert passage_of({"id": "a", "contents": contents}) == passage
 
 
 def test_results_and_passages_are_those_of_the_served_retriever(url: str) -> None:
@@ -131,6 +141,8 @@ def test_copies_and_forks_have_connections_of_their_own(url: str) -> None:
 
 def test_what_the_server_refuses_is_an_error_that_says_why(url: str) -> None:
     remote = Remote.build(remote_corpus(url))
+    with pytest.raises(ConfigError, match="k is 0"):
+        remote.search(["kabel"], 0)
     with pytest.raises(RetrievalError, match=r"422.*max_topk"):
         remote.search(["kabel"], 101)
     with pytest.raises(RetrievalError, match=r"422.*max_query_chars"):
@@ -153,6 +165,16 @@ def test_nobody_there_is_an_error_that_names_the_address() -> None:
 def test_urls_are_checked() -> None:
     with pytest.raises(ConfigError, match="no URL"):
         remote_corpus("localhost:8000")
+    for wrong in (
+        "http://",
+        "http://:80",
+        "http://127.0.0.1:port",
+        "http://127.0.0.1:99999",
+        "http://[::1",
+        "http://a\nb",
+    ):
+        with pytest.raises(ConfigError, match="no URL"):
+            remote_corpus(wrong, retries=0)
     with pytest.raises(ConfigError, match="no server"):
         make_retriever("remote", CORPUS)
 
@@ -165,6 +187,38 @@ def test_a_server_that_hangs_is_given_up() -> None:
         with pytest.raises(RetrievalError, match=r"2 attempts.*ReadTimeout"):
             remote.search(["a"], 3)
         retriever.gate.set()
+
+
+def test_the_timeout_is_for_an_attempt_as_a_whole() -> None:
+    """A server whose every piece comes soon, and whose answer never ends in time."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("content-length", "40")
+            self.end_headers()
+            for _ in range(40):
+                time.sleep(0.1)
+                try:
+                    self.wfile.write(b" ")
+                except OSError:  # the client has gone
+                    return
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    with pytest.raises(RetrievalError, match=r"1 attempts.*ReadTimeout"):
+        remote_corpus(f"http://127.0.0.1:{server.server_port}", timeout=0.5, retries=0)
+    server.shutdown()
+    server.server_close()
+
+
+def test_no_socket_is_left_open_at_exit(url: str) -> None:
+    code = "import sys; from carl_gym.retrieval.remote import remote_corpus; kept = remote_corpus(sys.argv[1])"
+    run = subprocess.run([sys.executable, "-X", "dev", "-c", code, url], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "ResourceWarning" not in run.stderr, run.stderr
 
 
 @pytest.mark.parametrize("what", ["corpus", "retriever"])
@@ -268,7 +322,8 @@ def test_a_plain_search_r1_server_will_do(with_ids: bool) -> None:
     def retrieve(request: QueryRequest) -> dict[str, object]:
         found = DIRECT.search(request.queries, request.topk)
         rows = [
-            [{"contents": contents(CORPUS[id])} | ({"id": id} if with_ids else {}) for id in ids] for ids in found.ids
+            [{"contents": join_contents(CORPUS[id])} | ({"id": id} if with_ids else {}) for id in ids]
+            for ids in found.ids
         ]
         scored = [
             [{"document": row, "score": score} for row, score in zip(one, scores, strict=True)]

@@ -353,6 +353,32 @@ def test_the_last_turn_may_be_kept_for_the_answer() -> None:
     assert shown(single) == f"Who?\n{LAST_TURN}"
 
 
+def test_a_state_that_goes_against_the_rules_is_refused() -> None:
+    """Cards of other rules have other hashes, so this is a state that somebody has changed."""
+    search, again = Turn(ParsedAction("search", "new")), Turn(ParsedAction("search", "NEW"))
+    late, repeated = (Turn(ParsedAction("invalid", "", code)) for code in ("must_answer", "repeated_query"))
+    free = make_task(turns=3, repeated_query="allow", last_turn="any")
+    strict = make_task(turns=3, repeated_query="refuse", last_turn="answer")
+    good = {
+        free: [(search, again), (search, again, search)],
+        strict: [(search, repeated), (search, repeated, late)],
+    }
+    bad = {
+        free: [(search, repeated), (search, again, late)],
+        strict: [(search, again), (repeated,), (late,), (search, late), (repeated, search), (search, repeated, search)],
+    }
+    for task in (free, strict):
+        state = play(task, "q")
+        for turns in good[task]:
+            status = "out_of_turns" if len(turns) == 3 else "running"
+            changed = dataclasses.replace(state, turns=turns, status=status)
+            assert task.validate(changed) is changed
+        for turns in bad[task]:
+            status = "out_of_turns" if len(turns) == 3 else "running"
+            with pytest.raises(StateError, match="goes against the rules"):
+                task.validate(dataclasses.replace(state, turns=turns, status=status))
+
+
 def test_invalid_actions_may_cost_something_at_once() -> None:
     task = make_task(turns=3, invalid_penalty=0.25, reward="em")
     state, rewards = task.initial(task.questions["q"]), []

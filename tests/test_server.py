@@ -15,8 +15,8 @@ from server_toys import Gated, queries, towns
 
 from carl_gym.errors import ConfigError
 from carl_gym.retrieval.bm25 import BM25
+from carl_gym.retrieval.corpus import join_contents
 from carl_gym.retrieval.server import Limits, create_app, serving
-from carl_gym.retrieval.wire import contents
 
 CORPUS = towns()
 DIRECT = BM25(CORPUS)
@@ -55,7 +55,7 @@ def test_the_asearcher_client_gets_what_it_expects(url: str) -> None:
     documents = [[row["contents"] for row in found] for found in answer["result"]]
     urls = [[row["url"] for row in found] for found in answer["result"]]
     direct = DIRECT.search(asked, 3)
-    assert documents == [[contents(CORPUS[id]) for id in ids] for ids in direct.ids]
+    assert documents == [[join_contents(CORPUS[id]) for id in ids] for ids in direct.ids]
     pages = httpx.post(f"{url}/access", json={"urls": [*urls[0], "no such page"]}).json()["result"]
     assert [None if page is None else page["contents"] for page in pages] == [*documents[0], None]
 

@@ -273,22 +273,48 @@ def test_resets_that_make_no_sense_change_nothing(
     assert [generator.bit_generator.state for generator in env.np_random] == generators
 
 
+def test_numpys_whole_numbers_are_seeds_and_indices(task: SearchTask) -> None:
+    env, other = SearchVectorEnv(task, 2), SearchVectorEnv(task, 2)
+    for seed, same in ((np.int64(5), 5), (np.array([3, 4]), [3, 4]), ([np.int32(1), None], [1, None])):
+        env.reset(seed=seed)  # type: ignore[arg-type]
+        other.reset(seed=same)  # type: ignore[arg-type]
+        assert env.get_state()[0] == other.get_state()[0] and env.np_random_seed[0] == other.np_random_seed[0]
+    env.set_state(other.get_state(np.array([1, 0])), np.array([1, 0]))  # type: ignore[arg-type]
+    assert env.get_state() == other.get_state()
+
+
 def test_misuse_is_refused(task: SearchTask) -> None:
     env = SearchVectorEnv(task, 2)
     with pytest.raises(StateError, match="sub-environment 0 has no state yet"):
         env.step(["a", "b"])
     with pytest.raises(StateError, match="sub-environment 1 has no state yet"):
         env.reset(options={"reset_mask": np.array([True, False])})
-    with pytest.raises(ConfigError, match="1 seeds for 2"):
-        env.reset(seed=[1])
+    for seed in ([1], "12", [0, "1"], [0, -1], -3, 1.5, object()):
+        with pytest.raises(ConfigError, match="seed = "):
+            env.reset(seed=seed)  # type: ignore[arg-type]
     env.reset(seed=0)
-    for actions, message in (("ab", "one str as actions"), (["a"], "1 as actions"), (["a", 3], "not int")):
+    for actions, message in (
+        ("ab", "one str as actions"),
+        (None, "one NoneType as actions"),
+        (["a"], "1 as actions"),
+        (["a", 3], "not int"),
+        (["a", None], "not NoneType"),
+    ):
         with pytest.raises(ActionError, match=message):
             env.step(actions)  # type: ignore[arg-type]
     state = env.get_state()[0]
-    for states, indices in (([state], None), ([state, state], [0, 0]), ([state], [2]), ([state], [-1])):
+    for states, indices in (
+        ([state], None),
+        ([state, state], [0, 0]),
+        ([state], [2]),
+        ([state], [-1]),
+        ([state], ["0"]),
+    ):
         with pytest.raises(ConfigError, match="set_state"):
-            env.set_state(states, indices)
+            env.set_state(states, indices)  # type: ignore[arg-type]
+    for indices in ([2], [-1], [0.0], "0", 0):
+        with pytest.raises(ConfigError, match="get_state"):
+            env.get_state(indices)  # type: ignore[arg-type]
     for arguments in ({"num_envs": 0}, {"autoreset": "next_step"}, {"render_mode": "human"}, {"order": "odd"}):
         with pytest.raises(ConfigError):
             SearchVectorEnv(task, **{"num_envs": 2, **arguments})  # type: ignore[arg-type]

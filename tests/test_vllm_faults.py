@@ -41,6 +41,7 @@ class FakeServer:
         self.script: list[Answer] = []
         self.asked = 0
         self.healthy = True
+        self.context = 256
         self._loop = asyncio.new_event_loop()
         started = threading.Event()
         threading.Thread(target=self._run, args=(started,), daemon=True).start()
@@ -50,6 +51,7 @@ class FakeServer:
         async def serve() -> None:
             app = web.Application()
             app.router.add_get(vllm_engine.HEALTH, self._health)
+            app.router.add_get(vllm_engine.MODELS, self._models)
             app.router.add_post(vllm_engine.GENERATE, self._generate)
             self._runner = web.AppRunner(app, shutdown_timeout=0.1)
             await self._runner.setup()
@@ -64,11 +66,20 @@ class FakeServer:
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response(status=200 if self.healthy else 503)
 
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "fake", "max_model_len": self.context}]})
+
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.asked += 1
         answer = (self.script.pop(0) if self.script else sampled)(body)
         return answer if isinstance(answer, web.StreamResponse) else await answer
+
+    def cut_all(self) -> None:
+        """Close every connection without an answer."""
+        assert self._runner.server is not None
+        for connection in self._runner.server.connections:
+            connection.transport.abort()
 
     def stop(self) -> None:
         asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result()
@@ -112,6 +123,9 @@ FAULTY: dict[str, Answer] = {
     "other token ids than sampled": lambda body: sampled(body, token_ids=[5, *ACTION[1:]]),
     "log-probs missing": lambda body: sampled(body, logprobs=None),
     "too few log-probs": lambda body: sampled(body, token_ids=[*ACTION, 5]),
+    "no content": lambda body: sampled(body, logprobs={"content": None}),
+    "a log-prob without a value": lambda body: sampled(body, logprobs={"content": [{"token_id": t} for t in ACTION]}),
+    "no weight versions": lambda body: sampled(body, weight_versions=3),
     "aborted": lambda body: sampled(body, finish_reason="abort"),
 }
 
@@ -187,6 +201,31 @@ def test_prefixes_stay_with_a_server_and_none_is_overloaded(server: FakeServer) 
         client.close()
         for fake in servers[1:]:
             fake.stop()
+
+
+def test_a_context_that_is_too_short_for_the_agent(server: FakeServer) -> None:
+    server.context = 255
+    with pytest.raises(PolicyError, match=r"its context \(--max-model-len\) is 255 tokens and the agent's is 256"):
+        VllmServerPolicy([server.url], TAGS, STOP_STRINGS, EOS, context=256, patience=0.3)
+
+
+def test_a_connection_that_always_breaks_is_not_tried_for_ever(server: FakeServer, policy: VllmServerPolicy) -> None:
+    async def cut(body: dict[str, Any]) -> web.StreamResponse:
+        server.cut_all()
+        await asyncio.sleep(30)
+        return sampled(body)
+
+    server.script = [cut] * 100
+    with pytest.raises(PolicyError, match=rf"gave {FAULTS} wrong answers"):
+        policy.sample(ask(1))
+    assert server.asked == FAULTS
+
+
+def test_a_closed_policy_says_so(policy: VllmServerPolicy) -> None:
+    policy.close()
+    policy.close()
+    with pytest.raises(PolicyError, match="the policy was closed"):
+        policy.sample(ask(1))
 
 
 def test_weights_need_a_way_to_the_servers(policy: VllmServerPolicy) -> None:

@@ -213,6 +213,17 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> VllmPolicy:
     return start(folder)
 
 
+def test_weights_that_are_not_the_models(tmp_path: Path) -> None:
+    model = save_model(tmp_path)
+    policy = start(tmp_path)
+    with pytest.raises(PolicyError, match="no weights to hand over"):
+        policy.sync({})
+    assert policy.version == 0
+    wrong = {name: weight[:1] for name, weight in model.named_parameters()}
+    with pytest.raises(PolicyError, match="vLLM cannot load these weights"):
+        policy.sync(wrong)
+
+
 def test_no_such_model() -> None:
     with pytest.raises(PolicyError, match="agent 'no/such-model': no usable model at 'no/such-model'"):
         load_agent("no/such-model", backend="vllm", trainable=False)

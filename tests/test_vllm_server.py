@@ -182,9 +182,14 @@ def test_weights_that_someone_else_loaded_are_noticed(
 
 def test_an_agent_on_servers(served: tuple[Path, list[Server]], tmp_path: Path) -> None:
     folder, servers = served
-    agent = load_agent(
-        str(folder), backend="vllm-server", urls=[server.url for server in servers], weights_dir=tmp_path
-    )
+    urls = [server.url for server in servers]
+    other = VllmServerPolicy(urls, TAGS, STOP_STRINGS, EOS, context=CONTEXT, transfer=DiskTransfer(tmp_path / "other"))
+    other.sync(dict(save_model(tmp_path / "model", scale=0.2, tied=True).named_parameters()))
+    other.close()
+    agent = load_agent(str(folder), backend="vllm-server", urls=urls, weights_dir=tmp_path, trainable=False)
+    assert agent.model is not None
+    asked = requests(4, temperature=1.0)
+    assert gap(agent.model, asked, agent.policy.sample(asked)) < TOLERANCE, "whatever the servers held before"
     task = make_task("carl/MiniWiki-v0", split="test", questions=4)
     questions = list(task.questions.values())
     trees = collect(task, agent.policy, agent.transcript, questions, RootExplorer(2), seed=0, step=0)

@@ -19,7 +19,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from carl_gym.envs.protocol import tool_call
+from carl_gym.envs.protocol import parse, tool_call
 from carl_gym.envs.state import MAX_ARGUMENT_CHARS, EnvState, Turn
 from carl_gym.envs.task import SearchTask
 from carl_gym.errors import ActionError
@@ -220,23 +220,34 @@ class DiscreteActions(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstruct
         self.actions = 2 + hits + 2 * mentions
         self.action_space = gym.spaces.Discrete(self.actions)
         self.observation_space = gym.spaces.Box(0.0, 1.0, (6 + 2 * hits + 2 * mentions,), np.float32)
-        self.view = first_view("")
+        self._view = first_view("")
+        self._seen: EnvState | None = None
+
+    @property
+    def view(self) -> View:
+        """What the episode has shown so far, whether it came there by steps, a reset or `set_state`. Raises StateError
+        before `reset`.
+        """
+        state, seen = self._state(), self._seen
+        if seen is None or (state.question_id, state.turns) != (seen.question_id, seen.turns):
+            self._view, self._seen = view_of(self.task, state), state
+        return self._view
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """As the environment's; a stored state brings its view along."""
         _, info = self.env.reset(seed=seed, options=options)
-        self.view = view_of(self.task, self._state())
         return self.features(), {**info, "action_mask": self.mask()}
 
     def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Take macro action `action`; everything but the observation comes from the environment."""
         if not self.action_space.contains(action):
             raise ActionError(f"action {action!r}; expected a whole number from 0 to {self.actions - 1}")
+        before = self.view
         _, reward, terminated, truncated, info = self.env.step(self.text(int(action)))
-        state = self._state()
-        self.view = _advance(self.task, self.view, state)
+        self._seen = self._state()
+        self._view = _advance(self.task, before, self._seen)
         return self.features(), float(reward), terminated, truncated, {**info, "action_mask": self.mask()}
 
     def text(self, action: int) -> str:
@@ -244,15 +255,21 @@ class DiscreteActions(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstruct
         return macro_actions(self.view, self.hits, self.mentions)[action]
 
     def mask(self) -> np.ndarray:
-        """int8, 1 for every action that does something new: its slot is not empty, its search not the last one."""
-        view = self.view
+        """int8, 1 for every action that does something new: its slot is not empty, its search not the last one, and no
+        rule of the card refuses it. All 0 where nothing is left but an answer, and there is none to give.
+        """
+        view, card = self.view, self.task.card
         mask = np.zeros(self.actions, np.int8)
         mask[0] = view.query != _query(view.question)
         mask[1] = view.query != view.focus.query
-        if "access" in self.task.card.tools:
+        if "access" in card.tools:
             mask[2 : 2 + min(self.hits, len(view.hits))] = 1
         for start in (2 + self.hits, 2 + self.hits + self.mentions):
             mask[start : start + min(self.mentions, len(view.mentions))] = 1
+        if self.task.has_rules:
+            texts = macro_actions(view, self.hits, self.mentions)
+            for i in np.flatnonzero(mask):
+                mask[i] = not self.task.refusal(self._state(), parse(texts[i], card.tools))
         return mask
 
     def features(self) -> np.ndarray:

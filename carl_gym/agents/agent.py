@@ -30,7 +30,7 @@ from carl_gym.agents.policy import Policy, Transcript, eos_ids
 from carl_gym.agents.transformers_policy import TransformersPolicy
 from carl_gym.cards import list_cards
 from carl_gym.envs.protocol import STOP_STRINGS, TOOLS, function_schemas
-from carl_gym.errors import PolicyError
+from carl_gym.errors import ConfigError, PolicyError
 
 Backend = Literal["transformers", "vllm", "vllm-server", "openai"]
 _UNUSABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
@@ -113,24 +113,28 @@ def load_agent(
         name: `tiny`, `agents/tiny.toml`, `path/to/model`, `Qwen/Qwen2.5-3B-Instruct`, ...
         device: of the model; cuda where there is one, by default.
         backend: what samples, in place of the card's.
-        urls: addresses of the servers, in place of the card's.
+        urls: addresses of the servers, in place of the card's; vLLM's are given the model's weights.
         tools: the tools that a chat agent is told about.
-        trainable: load the model in float32, also where the backend has one of its own in the card's dtype; servers
-            are then given its weights.
+        trainable: load the model in float32, also where the backend has one of its own in the card's dtype.
         weights_dir: folder through which servers read weights; they and this machine must see it under one path.
 
     Raises:
         CardError: a card that is not valid, or a backend that does not go with its keys.
+        ConfigError: a folder for weights that nobody would read.
         PolicyError: no such model, one that says nowhere how a prompt looks, or a backend that cannot run it.
     """
     card, source = resolve(name)
+    if weights_dir is not None and (backend or card.backend) != "vllm-server":
+        raise ConfigError(
+            f"weights_dir ({weights_dir}) is for servers (backend vllm-server), which read weights from it"
+        )
     if backend or urls:
         backend = backend or card.backend
         card = replace(card, backend=backend, urls=tuple(urls) or (card.urls if backend == card.backend else ()))
     if card.backend == "openai":
         return _hosted(card, name, tools)
     tokenizer, context, eos = _tokenizer(name, source)
-    needs_model = trainable or card.backend == "transformers" or bool(card.lora)
+    needs_model = trainable or card.backend in ("transformers", "vllm-server") or bool(card.lora)
     model = _model(name, source, card.lora, "float32" if trainable else card.dtype, device) if needs_model else None
     transcript = make_transcript(card, tokenizer, context, name=name, tools=tools)
     if transcript.end_of_turn is not None:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from carl_gym.agents.logprob_model import LogprobModel
+from carl_gym.agents.logprob_model import LogprobModel, evaluation_mode
 from carl_gym.agents.policy import Policy, SampleRequest
 from carl_gym.errors import PolicyError
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25, "auto": 0.25}
-"""Nats, by the dtype of the agent's card. Rounding gives about 1e-5 in float32 and 2e-2 in bfloat16; stale weights
-or a stale cache give from 1e-2 up to several nats."""
+"""Nats, by the dtype of the agent's card. Rounding gives about 1e-5 in float32 and 2e-2 in bfloat16; weights that
+are a step behind give from 2e-3 (learning rate 1e-6) to 0.4 (3e-4), a stale cache several. So in bfloat16 small steps hide
+in the rounding, and the labels of the weights have to do."""
 _LENGTHS = (300, 190, 110, 70)
 """Prefix lengths in tokens: some full cache blocks and a part of one, whatever the block size."""
 
@@ -49,14 +50,12 @@ class Canary:
         """Largest |log-prob of the policy - log-prob of the model| of a sampled token, in nats."""
         device = next(model.parameters()).device
         gaps = []
-        was_training = model.training
-        model.eval()
-        for request, sampled in zip(self._requests, policy.sample(self._requests), strict=True):
-            ids = torch.tensor([[*request.prefix, *sampled.token_ids]], device=device)
-            columns = torch.arange(len(request.prefix), ids.shape[1], device=device)
-            logprobs, _ = model(ids, torch.zeros_like(columns), columns, self.temperature)
-            gaps.append(np.abs(logprobs.cpu().numpy() - np.array(sampled.logprobs)).max())
-        model.train(was_training)
+        with evaluation_mode(model):
+            for request, sampled in zip(self._requests, policy.sample(self._requests), strict=True):
+                ids = torch.tensor([[*request.prefix, *sampled.token_ids]], device=device)
+                columns = torch.arange(len(request.prefix), ids.shape[1], device=device)
+                logprobs, _ = model(ids, torch.zeros_like(columns), columns, self.temperature)
+                gaps.append(np.abs(logprobs.cpu().numpy() - np.array(sampled.logprobs)).max())
         return float(max(gaps))
 
     def check(self, policy: Policy, model: LogprobModel) -> float:

@@ -82,8 +82,10 @@ class AgentCard:
             raise CardError(f"{self.id}: urls has {wrong[0]!r}; expected addresses that start with http:// or https://")
         if self.openai and self.backend != "openai":
             raise CardError(f"{self.id}: openai is for the backend openai, not for {self.backend}")
-        if taken := sorted({"model", "base_url", "tool_mode"} & set(self.openai)):
-            raise CardError(f"{self.id}: openai.{taken[0]} follows from the card's model, urls and tool_format")
+        if taken := sorted({"model", "base_url", "tool_mode", "max_tokens", "instruction"} & set(self.openai)):
+            raise CardError(
+                f"{self.id}: openai.{taken[0]} follows from the card's model, urls, tool_format, max_tokens and system"
+            )
         if self.lora and self.backend == "openai":
             raise CardError(f"{self.id}: lora cannot be put on a hosted model; name the adapted model in `model`")
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from carl_gym.agents.kv_cache import PrefixCache
-from carl_gym.agents.logprob_model import LogprobModel
+from carl_gym.agents.logprob_model import LogprobModel, evaluation_mode
 from carl_gym.agents.policy import Completion, FinishReason, SampleRequest, check_requests, eos_ids
 from carl_gym.errors import PolicyError
 
@@ -137,7 +136,7 @@ class TransformersPolicy:
         slots = [_Slot(request) for request in requests]
         # Rows of similar length share a batch, which keeps padding small; results go back in request order.
         order = sorted(range(len(slots)), key=lambda i: len(slots[i].request.prefix))
-        with _evaluation_mode(self.model):
+        with evaluation_mode(self.model):
             for start in range(0, len(order), self.max_batch):
                 self._serve([slots[i] for i in order[start : start + self.max_batch]])
         self._cache.shrink()
@@ -151,7 +150,7 @@ class TransformersPolicy:
             PolicyError: an empty prefix, or a sequence longer than the model's context.
         """
         scores = []
-        with _evaluation_mode(self.model):
+        with evaluation_mode(self.model):
             for prefix, continuation in zip(prefixes, continuations, strict=True):
                 if not prefix or len(prefix) + len(continuation) > self.context:
                     raise PolicyError(
@@ -166,7 +165,13 @@ class TransformersPolicy:
     def sync(self, weights: Mapping[str, object] | None = None) -> None:
         """Take over new weights (None: the model was changed in place) and empty the prefix cache."""
         if weights is not None:
-            self.model.load_state_dict(weights)
+            own = dict(self.model.named_parameters())
+            if own.keys() != weights.keys():
+                odd = sorted(own.keys() ^ weights.keys())
+                raise PolicyError(f"these weights are not the model's: {odd[0]!r} and {len(odd) - 1} others differ")
+            with torch.no_grad():
+                for name, parameter in own.items():
+                    parameter.copy_(torch.as_tensor(weights[name]))
         self.version += 1
         self._cache.clear()
         self._memory = torch.empty(0)  # weights that were not finite may have left such values in it
@@ -300,14 +305,3 @@ def _draw(logits: torch.Tensor, temperatures: torch.Tensor, u: np.ndarray) -> tu
     if bool(greedy.any()):
         drawn = torch.where(greedy, logprobs.argmax(-1, keepdim=True), drawn)
     return drawn.squeeze(1), logprobs.gather(1, drawn).squeeze(1).tolist()
-
-
-@contextmanager
-def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout; the mode is put back even after an error."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -90,7 +90,7 @@ def start_engine(
 
     Args:
         model: folder or hub id.
-        dtype: float32, bfloat16 or float16.
+        dtype: float32, bfloat16 or auto.
         context: longest prefix and action together, in tokens.
         max_batch: most requests at once.
         memory: share of the GPU's memory, of which the cache gets what the model leaves.
@@ -198,8 +198,15 @@ def prompt_logprobs(engine: LLM, sequences: Sequence[Sequence[int]]) -> list[lis
 
 
 def load_weights(engine: LLM, weights: Mapping[str, torch.Tensor], version: str) -> None:
-    """Replace an engine's weights in memory, and forget what was computed with the old ones."""
-    engine.collective_rpc("carl_gym_load", args=([(name, tensor.detach()) for name, tensor in weights.items()],))
+    """Replace an engine's weights in memory, and forget what was computed with the old ones. Raises PolicyError."""
+    if not weights:
+        raise PolicyError("there are no weights to hand over; pass the model's named parameters")
+    try:
+        engine.collective_rpc("carl_gym_load", args=([(name, tensor.detach()) for name, tensor in weights.items()],))
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise PolicyError(
+            f"vLLM cannot load these weights ({error}); make a new policy: the old one is damaged"
+        ) from error
     if not engine.reset_prefix_cache():
         raise PolicyError("vLLM did not empty its prefix cache: requests are still running")
     engine.llm_engine.set_weight_version(version)
@@ -214,6 +221,7 @@ def counters(engine: LLM) -> dict[str, int]:
 
 GENERATE = "/inference/v1/generate"
 HEALTH = "/health"
+MODELS = "/v1/models"
 PAUSE = "/pause?mode=wait"  # mode=keep would mix policies within an action
 RESUME = "/resume"
 RESET_CACHE = "/reset_prefix_cache"
@@ -230,17 +238,33 @@ def read_sampled(body: Any) -> Sampled:
     """The answer to `generate_payload`. Raises ValueError when it is not a finished sample."""
     try:
         (choice,) = body["choices"]
-        tokens, content = choice["token_ids"], choice["logprobs"]["content"]
-        finish, spans = choice["finish_reason"], choice["weight_versions"]
+        tokens, finish = tuple(choice["token_ids"]), choice["finish_reason"]
+        content = [(entry["token_id"], float(entry["logprob"])) for entry in choice["logprobs"]["content"]]
+        version = read_version(body)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not an answer of vLLM's {GENERATE} ({error!r}): {str(body)[:300]}") from error
     if finish not in ("stop", "length"):
         raise ValueError(f"the request was not finished: {finish!r}")
-    if [entry["token_id"] for entry in content] != tokens:
+    if tuple(token for token, _ in content) != tokens:
         raise ValueError("the log-probs belong to other token ids than those that were sampled")
-    versions = {span["version"] for span in spans or ()}
-    logprobs = tuple(float(entry["logprob"]) for entry in content)
-    return Sampled(tuple(tokens), logprobs, versions.pop() if len(versions) == 1 else None)
+    return Sampled(tokens, tuple(logprob for _, logprob in content), version)
+
+
+def read_version(body: Any) -> str | None:
+    """Label of the weights that made an answer; None if they changed on the way. Raises ValueError without one."""
+    try:
+        versions = {span["version"] for span in body["choices"][0]["weight_versions"] or ()}
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"an answer without the version of its weights ({error!r}): {str(body)[:300]}") from error
+    return versions.pop() if len(versions) == 1 else None
+
+
+def read_context(body: Any) -> int:
+    """Longest sequence that a server takes, in tokens. Raises ValueError when the answer does not say."""
+    try:
+        return int(body["data"][0]["max_model_len"])
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"not an answer of vLLM's {MODELS} ({error!r}): {str(body)[:300]}") from error
 
 
 def score_payload(sequence: Sequence[int]) -> dict[str, Any]:
@@ -292,7 +316,7 @@ def serve_arguments(model: str, *, dtype: str, context: int | None, port: int, c
 
     Args:
         model: folder or hub id.
-        dtype: float32, bfloat16, float16 or auto.
+        dtype: float32, bfloat16 or auto.
         context: longest prefix and action together, in tokens; None for the model's.
         port: on loopback.
         cpu: whether vLLM's CPU build is to run it.
@@ -307,7 +331,8 @@ def serve_arguments(model: str, *, dtype: str, context: int | None, port: int, c
     if cpu:
         arguments += [
             "--enforce-eager", "--block-size", str(CPU_BLOCK), "--no-enable-chunked-prefill",
-            "--max-num-batched-tokens", str(max(CPU_BATCH_TOKENS, context or 0)),
             "--kv-cache-memory-bytes", str(1 << 30), "--gpu-memory-utilization", "0.1",
         ]  # fmt: skip
+        if context is not None:  # else vLLM makes it the model's whole context
+            arguments += ["--max-num-batched-tokens", str(max(CPU_BATCH_TOKENS, context))]
     return arguments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -25,7 +26,7 @@ class VllmPolicy:
         tokenizer: the model's.
         stop: an action ends when its text contains one of these.
         eos: ids that end an action.
-        dtype: of the engine's weights: float32, bfloat16 or float16.
+        dtype: of the engine's weights: float32, bfloat16 or auto.
         context: longest prefix and action together, in tokens.
         max_batch: most requests that are decoded together.
         memory: share of the GPU's memory for weights and cache.
@@ -93,15 +94,23 @@ class VllmPolicy:
         """Take over new weights in memory, by the names of the transformers model, and empty the prefix cache.
 
         Raises:
-            PolicyError: no weights; the engine has a copy of its own and cannot see changes elsewhere.
+            PolicyError: no weights (the engine has a copy of its own and cannot see changes elsewhere), or others than
+                its model has.
         """
         if weights is None:
             raise PolicyError("vLLM has its own copy of the weights: pass sync(weights) the learner's named parameters")
-        self.version += 1
+        tensors = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
         self._handed_over += 1
         self._weights = f"update {self._handed_over}"
-        tensors = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
         vllm_engine.load_weights(self.engine, tensors, self._weights)
+        self.version += 1
+
+    def close(self) -> None:
+        """Give the engine's memory back; nothing can be sampled afterwards."""
+        del self.engine
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def counters(self) -> dict[str, int]:
         """vLLM's own counts since the start: `prompt_tokens`, and `cached_tokens` of them."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import atexit
 import hashlib
+import json
+import os
 import threading
 import uuid
 import warnings
@@ -92,6 +94,7 @@ class VllmServerPolicy:
         self._servers = [_Server(url.rstrip("/")) for url in urls]
         self._run_id = uuid.uuid4().hex[:8]  # a server may still hold another run's version 1
         self._label, self._published = "", 0
+        self._process = os.getpid()  # a fork has no thread to run the loop
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-servers", daemon=True)
         self._thread.start()
@@ -135,15 +138,18 @@ class VllmServerPolicy:
             )
         if self._transfer is None:
             raise PolicyError("there is no way to get weights to these servers; make the policy with a transfer")
-        self.version += 1
+        tensors = {name: value.detach() for name, value in weights.items() if isinstance(value, torch.Tensor)}
+        if not tensors:
+            raise PolicyError("there are no weights to hand over; pass the model's named parameters")
         self._published += 1
         label = f"{self._run_id}-{self._published}"
-        self._transfer.publish({n: w.detach() for n, w in weights.items() if isinstance(w, torch.Tensor)}, label)
+        self._transfer.publish(tensors, label)
         self._wait(self._push_all(label))
+        self.version += 1
 
     def close(self) -> None:
         """Stop. The servers go on."""
-        if self._loop.is_closed():
+        if self._loop.is_closed() or os.getpid() != self._process:
             return
         self._wait(self._disconnect())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -158,6 +164,9 @@ class VllmServerPolicy:
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of work on the policy's own loop, whatever thread or loop the caller is in."""
+        if self._loop.is_closed() or os.getpid() != self._process:
+            work.close()
+            raise PolicyError("the policy was closed, or its process was forked; make a new one")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -202,20 +211,20 @@ class VllmServerPolicy:
         return np.array(found[start - 1 :])
 
     async def _ask(self, prefix: Sequence[int], payload: Mapping[str, Any], read: Any) -> Any:
-        """One request, answered by current weights. Connection failures are free; wrong answers count."""
+        """One request, answered by current weights. A server that is not there costs nothing; failed answers count."""
         faults: list[str] = []
         while len(faults) < FAULTS:
             server = await self._pick(prefix)
             label = self._label
             server.in_flight += 1
             try:
-                answer = read(await self._post(server, vllm_engine.GENERATE, payload))
-                stale = label and getattr(answer, "weight_version", label) != label
-                if not stale:
+                body = await self._post(server, vllm_engine.GENERATE, payload)
+                answer = read(body)
+                if not label or (version := vllm_engine.read_version(body)) == label:
                     return answer
-                fault = f"it sampled with weights {answer.weight_version!r} and should have {label!r}"
+                fault = f"it answered with weights {version!r} and should have {label!r}"
                 faults.append(f"{server.url}: {fault}")
-            except aiohttp.ClientConnectionError as error:
+            except aiohttp.ClientConnectorError as error:  # it was not even sent
                 fault = f"connection: {error!r}"
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
                 fault = f"{type(error).__name__}: {error}"
@@ -271,6 +280,7 @@ class VllmServerPolicy:
         while server.trouble:
             try:
                 await self._get(server, vllm_engine.HEALTH)
+                await self._check_context(server)
                 while (label := self._label) and self._transfer is not None:
                     await self._push(server, label)
                     if label == self._label:  # else a sync came in between
@@ -279,7 +289,7 @@ class VllmServerPolicy:
                 async with self._changed:
                     self._changed.notify_all()
                 return
-            except (aiohttp.ClientError, TimeoutError, ValueError, PolicyError) as error:
+            except Exception as error:  # nobody awaits this task: with it the server would be lost for good
                 server.trouble = f"{type(error).__name__}: {error}"
             await asyncio.sleep(pause)
             pause = min(2 * pause, 5.0)
@@ -308,10 +318,22 @@ class VllmServerPolicy:
         await self._post(server, vllm_engine.SET_VERSION, {"new_version": label})
         await self._post(server, vllm_engine.RESUME, {})
 
-    async def _get(self, server: _Server, path: str) -> None:
+    async def _check_context(self, server: _Server) -> None:
+        """vLLM cuts actions short where its context ends, and does not say so."""
+        models = await self._get(server, vllm_engine.MODELS)
+        longest = vllm_engine.read_context(models)
+        if longest < self.context:
+            raise PolicyError(
+                f"its context (--max-model-len) is {longest} tokens and the agent's is {self.context}; start it with "
+                "more, or lower `context` in the agent's card"
+            )
+
+    async def _get(self, server: _Server, path: str) -> Any:
         assert self._session is not None
         async with self._session.get(server.url + path, timeout=aiohttp.ClientTimeout(total=10)) as response:
             response.raise_for_status()
+            text = await response.text()
+            return json.loads(text) if text else None
 
     async def _post(self, server: _Server, path: str, payload: Mapping[str, Any]) -> Any:
         """The JSON answer. Raises PolicyError on a refusal (4xx), which no other server would answer differently."""
@@ -322,5 +344,9 @@ class VllmServerPolicy:
                 text = (await response.text())[:500]
                 hint = "; start it as docs/agents-backends.md says" if response.status in (403, 404) else ""
                 raise PolicyError(f"{server.url}{path} refused ({response.status}): {text}{hint}")
-            response.raise_for_status()
+            if response.status >= 400:  # vLLM says why in the body
+                text = (await response.text())[:500]
+                raise aiohttp.ClientResponseError(
+                    response.request_info, response.history, status=response.status, message=text
+                )
             return await response.json(content_type=None)

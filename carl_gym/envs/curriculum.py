@@ -30,8 +30,9 @@ KEY = "stage"
 class Curriculum(SearchEnv):
     """A `SearchEnv` that moves through tasks of rising difficulty.
 
-    New episodes are of the current stage. When the last `window` episodes that ended in it reached a mean EM of
-    `threshold`, the next stage is the current one; the last stage stays. It never goes back.
+    New episodes are of the current stage. When the last `window` episodes that ended in it (by themselves or by
+    `TokenBudget`) reached a mean EM of `threshold`, the next stage is the current one; the last stage stays. It never
+    goes back.
 
     A state knows its stage (in its extras): it restores into that stage, whatever the current one is, and
     `info["stage"]` says which stage an episode belongs to. Of restored episodes those of the current stage count
@@ -111,6 +112,11 @@ class Curriculum(SearchEnv):
         if (terminated or truncated) and stage == self._stage:
             self._count(info["em"])
         return observation, reward, terminated, truncated, info | {KEY: stage}
+
+    def cut_off(self) -> None:
+        """An episode that a wrapper ended counts, and was not right."""
+        if self.state.extra(KEY) == self._stage:
+            self._count(0.0)
 
     def _count(self, em: float) -> None:
         self._recent = (*self._recent, em)[-self.window :]

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from carl_gym.envs.data_card import DataCard
-from carl_gym.envs.miniwiki import Split, generate
+from carl_gym.envs.miniwiki import HOPS, Split, generate
 from carl_gym.envs.questions import VALIDATION
 from carl_gym.envs.schemas import Context, Example, Record, read_examples, read_records
 from carl_gym.envs.state import Question
-from carl_gym.errors import DataError
+from carl_gym.errors import ConfigError, DataError
 from carl_gym.paths import PACKAGE
 from carl_gym.retrieval import open_corpus
 from carl_gym.retrieval.corpus import Corpus, Passage
@@ -63,7 +63,7 @@ def load_miniwiki(
     world: int = 0,
     split: Split = "train",
     questions: int = 600,
-    hops: Sequence[int] = (2, 3),
+    hops: Sequence[int] = HOPS,
     ambiguity: float = 0.5,
     distractors: float = 0.2,
     noise: float = 0.0,
@@ -101,8 +101,12 @@ def load_named(
         source_split: the split to take from the hub. (Folders hold what they hold; `questions.select` sorts it out.)
 
     Raises:
+        ConfigError: an argument is no path.
         DataError: the data is malformed, no place has it, or questions have come without passages.
     """
+    for name, value in (("data_dir", data_dir), ("questions", questions), ("corpus", corpus)):
+        if not isinstance(value, str | os.PathLike | None):
+            raise ConfigError(f"{name}={value!r} is no path; expected a text or a pathlib.Path")
     card = DataCard(data) if isinstance(data, str) else data
     if questions is not None:
         if data_dir is not None:

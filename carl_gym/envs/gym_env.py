@@ -163,6 +163,9 @@ class SearchEnv(gym.Env[Any, str]):
         """
         self._state = self.state.with_extra(key, value)
 
+    def cut_off(self) -> None:
+        """Told by a wrapper that it has ended the episode which step has just continued, as `TokenBudget` does."""
+
     def fork(self, n: int) -> list[SearchEnv]:
         """`n` new environments at this state; they share questions, passages and index, and nothing that changes."""
         if n < 1:

@@ -110,8 +110,11 @@ class Judge:
 
     def score_batch(self, items: Iterable[tuple[str, Sequence[str], str]]) -> list[bool]:
         """`score` of many (question, golds, prediction), `concurrency` at once, in order. Raises as `score` does."""
+        wanted = [(question, tuple(golds), prediction) for question, golds, prediction in items]
+        once = list(dict.fromkeys(wanted))
         with ThreadPoolExecutor(self.settings.concurrency) as pool:
-            return list(pool.map(lambda item: self.score(*item), items))
+            verdicts = dict(zip(once, pool.map(lambda item: self.score(*item), once), strict=True))
+        return [verdicts[item] for item in wanted]
 
     def _ask(self, question: str, golds: Sequence[str], prediction: str) -> bool:
         texts = {"question": question, "golds": "\n".join(golds), "prediction": prediction}

@@ -40,6 +40,8 @@ COUNTS = {
 COMPANY_SUFFIXES = ("Pictures", "Press", "Works")
 CITY_PREFIXES = ("Port", "New", "Upper")
 BOILERPLATE = "This page needs more sources."
+HOPS = (2, 3)
+"""The possible numbers of hops, unless others are asked for."""
 MISSES = 5000
 """So many draws in a row without a new question, and the world counts as used up."""
 
@@ -91,7 +93,7 @@ def generate(
     *,
     split: Split = "train",
     questions: int = 600,
-    hops: Sequence[int] = (2, 3),
+    hops: Sequence[int] = HOPS,
     ambiguity: float = 0.5,
     distractors: float = 0.2,
     noise: float = 0.0,
@@ -243,6 +245,8 @@ def _ask(
     rng: random.Random, entities: list[Entity], split: Split, seed: int, count: int, hops: tuple[int, ...]
 ) -> tuple[Question, ...]:
     vocab = vocabulary()
+    # The pages do not depend on the hops, so the ids must: a state would pass for one of another question.
+    mark = "" if hops == HOPS else f"hops{''.join(map(str, hops))}-"
     asked: set[tuple[str, ...]] = set()
     questions: list[Question] = []
     misses = 0
@@ -262,7 +266,7 @@ def _ask(
         decomposition = tuple(Hop(e.title, relation, _name(e.facts[relation])) for e, relation in chain)
         questions.append(
             Question(
-                id=f"miniwiki-{split}{seed}-{len(questions)}",
+                id=f"miniwiki-{split}{seed}-{mark}{len(questions)}",
                 text=form.format(np=phrase),
                 answers=(_name(end),),
                 supporting_titles=tuple(hop.title for hop in decomposition),

@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from carl_gym.envs.state import Question
 from carl_gym.errors import ConfigError, DataError
@@ -42,7 +43,7 @@ def select(
         shard: `(i, n)`: part i of n, counted from 0; the parts are disjoint and together complete.
 
     Raises:
-        ConfigError: a limit below 1, or a shard that does not exist.
+        ConfigError: a limit below 1, a shard that does not exist, or an argument of another type.
         DataError: an unknown or repeated id, or nothing is left; says what there is.
     """
     chosen = list(questions)
@@ -85,7 +86,7 @@ def _of_split(questions: list[Question], split: str, source: str) -> list[Questi
 
 def _by_id(questions: list[Question], ids: Sequence[str] | str | Path, source: str) -> list[Question]:
     where = f"question_ids from {ids}" if isinstance(ids, (str, Path)) else "question_ids"
-    wanted = _read_ids(Path(ids)) if isinstance(ids, (str, Path)) else list(ids)
+    wanted = _read_ids(Path(ids)) if isinstance(ids, (str, Path)) else _list(ids)
     known = {question.id: question for question in questions}
     if not wanted:
         raise DataError(f"{where}: the list is empty; name at least one question")
@@ -100,6 +101,13 @@ def _by_id(questions: list[Question], ids: Sequence[str] | str | Path, source: s
             + (f"; did you mean {close[0]!r}?" if close else f"; an id there is {next(iter(known))!r}")
         )
     return [known[id] for id in wanted]
+
+
+def _list(ids: object) -> list[str]:
+    wanted: list[Any] = list(ids) if isinstance(ids, Iterable) else [ids]
+    if not all(isinstance(id, str) for id in wanted):
+        raise ConfigError(f"question_ids={ids!r}; expected a list of ids (texts), or the path of a file with them")
+    return wanted
 
 
 def _read_ids(path: Path) -> list[str]:

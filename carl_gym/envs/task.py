@@ -123,6 +123,8 @@ class SearchTask:
         self._fingerprint = corpus.fingerprint
         self._turns = card.turns
         self._tools = card.tools
+        self.has_rules = card.repeated_query == "refuse" or card.last_turn == "answer"
+        """Whether the card refuses some well-formed actions; see `refusal`."""
         self._reward = find_reward(card.reward, card.id)
         self._ruler = ruler(card.tokenizer)
         self._results: Memo[str, tuple[str, str]] = Memo(MEMO_CHARS)
@@ -167,6 +169,10 @@ class SearchTask:
             self._next(state, Turn(action, next(hits)) if action.kind == "search" else self._turn(state.turns, action))
             for state, action in zip(states, parsed, strict=True)
         ]
+
+    def refusal(self, state: EnvState, action: ParsedAction) -> str:
+        """The code with which the card's rules refuse a valid action in a state; "" where they do not."""
+        return self._refused(action, len(state.turns), self._tally(state).queries)
 
     def observation(self, state: EnvState) -> str:
         """The text that is new in `state`: the question at the start, then what the last action brought up.
@@ -267,8 +273,11 @@ class SearchTask:
             raise StateError(f"the state's question {state.question_id!r} is not among the questions of {self.source}")
         if state.tally is not None and state.tally.question is question:
             return state  # only `_next` makes tallies
+        queries: list[str] = []
         for n, turn in enumerate(state.turns):
-            self._check_turn(state.turns[:n], turn)
+            self._check_turn(state.turns[:n], turn, queries)
+            if turn.action.kind == "search":
+                queries.append(turn.action.argument.casefold())
         ended_early = any(turn.action.kind == "answer" for turn in state.turns[:-1])
         if ended_early or len(state.turns) > self._turns or state.status != self._status(state.turns):
             raise StateError(
@@ -288,17 +297,20 @@ class SearchTask:
         if not isinstance(action, str):
             raise ActionError(f"an action is a str such as '<search>query</search>', not {type(action).__name__}")
         parsed = parse(action, self._tools)
-        if parsed.kind == "answer" or parsed.kind == "invalid":
-            return parsed
-        if self.card.last_turn == "answer" and len(state.turns) == self._turns - 1:
-            return ParsedAction("invalid", "", "must_answer")
-        if (
-            parsed.kind == "search"
-            and self.card.repeated_query == "refuse"
-            and parsed.argument.casefold() in self._tally(state).queries
-        ):
-            return ParsedAction("invalid", "", "repeated_query")
+        if self.has_rules and (code := self.refusal(state, parsed)):
+            return ParsedAction("invalid", "", code)
         return parsed
+
+    def _refused(self, parsed: ParsedAction, turns: int, queries: Sequence[str]) -> str:
+        """`refusal` after so many turns and these queries."""
+        kind, argument, _ = parsed
+        if kind == "answer" or kind == "invalid":
+            return ""
+        if turns == self._turns - 1 and self.card.last_turn == "answer":
+            return "must_answer"
+        if kind == "search" and self.card.repeated_query == "refuse" and argument.casefold() in queries:
+            return "repeated_query"
+        return ""
 
     def _search(self, queries: Sequence[str]) -> list[tuple[str, ...]]:
         found = self.retriever.search(queries, self.card.top_k).ids
@@ -469,8 +481,8 @@ class SearchTask:
             "restore it in an environment made with the same card, overrides and data"
         )
 
-    def _check_turn(self, before: tuple[Turn, ...], turn: Turn) -> None:
-        """Raise StateError unless the turn could follow these."""
+    def _check_turn(self, before: tuple[Turn, ...], turn: Turn, queries: Sequence[str]) -> None:
+        """Raise StateError unless the turn could follow these, in which these queries were made."""
         (kind, argument, code), ids, page = turn
         for id in ids:
             if id not in self.corpus:
@@ -479,6 +491,16 @@ class SearchTask:
         refused = kind == "invalid" and code in CODES and not argument
         if not (valid or refused):
             raise StateError(f"the state has an unknown action (kind {kind!r}, argument {argument!r}, code {code!r})")
+        broken = self._refused(turn.action, len(before), queries)
+        rules = {
+            "must_answer": self.card.last_turn == "answer" and len(before) == self._turns - 1,
+            "repeated_query": self.card.repeated_query == "refuse" and bool(queries),
+        }
+        if broken or not rules.get(code, True):
+            raise StateError(
+                f"the state's {kind} turn {len(before) + 1} goes against the rules of this environment "
+                f"({broken or code}); pass a state exactly as an environment gave it"
+            )
         expected = Turn(turn.action, ids[: self.card.top_k]) if kind == "search" else self._turn(before, turn.action)
         if turn != expected:
             raise StateError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any, cast
 
 import gymnasium as gym
@@ -116,8 +116,10 @@ class SearchVectorEnv(VectorEnv[Any, Any, Any]):
         return tuple(self._seeds[i] for i, _ in enumerate(self.np_random))
 
     def get_state(self, indices: Sequence[int] | None = None) -> list[EnvState]:
-        """The states of these sub-environments, in this order; of all by default. Raises StateError before `reset`."""
-        return [self._state(i) for i in (range(self.num_envs) if indices is None else indices)]
+        """The states of these sub-environments, in this order; of all by default. Raises StateError before `reset`, and
+        ConfigError on an index out of range.
+        """
+        return [self._state(i) for i in self._places("get_state", indices)]
 
     def set_state(self, states: Sequence[EnvState | str], indices: Sequence[int] | None = None) -> None:
         """Continue in these sub-environments (all by default) from these states (or their JSON texts).
@@ -126,11 +128,9 @@ class SearchVectorEnv(VectorEnv[Any, Any, Any]):
             StateError: a state does not fit; then nothing is changed.
             ConfigError: not one state per index, or an index twice or out of range.
         """
-        places = range(self.num_envs) if indices is None else list(indices)
+        places = self._places("set_state", indices)
         if len(places) != len(states) or len(set(places)) != len(places):
             raise ConfigError(f"set_state: {len(states)} states for indices {list(places)}; give one for each")
-        if any(not 0 <= i < self.num_envs for i in places):
-            raise ConfigError(f"set_state: indices {list(places)}; there are {self.num_envs} sub-environments, from 0")
         for i, state in zip(places, [read_state(self.task, state) for state in states], strict=True):
             self._states[i] = state
 
@@ -172,8 +172,9 @@ class SearchVectorEnv(VectorEnv[Any, Any, Any]):
             ActionError: not one str for each sub-environment.
             RetrievalError: the search failed. After any error all episodes are as they were before.
         """
-        if isinstance(actions, str) or len(actions) != self.num_envs:
-            what = "one str" if isinstance(actions, str) else f"{len(actions)}"
+        if isinstance(actions, str) or not isinstance(actions, Sized) or len(actions) != self.num_envs:
+            many = isinstance(actions, Sized) and not isinstance(actions, str)
+            what = f"{len(actions)}" if many else f"one {type(actions).__name__}"
             raise ActionError(f"{what} as actions; expected a sequence of {self.num_envs} str, one per sub-environment")
         before = self.get_state()
         if over := [i for i, state in enumerate(before) if state.status != "running"]:
@@ -232,16 +233,24 @@ class SearchVectorEnv(VectorEnv[Any, Any, Any]):
         self.get_state(np.flatnonzero(~mask).tolist())
         return np.flatnonzero(mask).tolist()
 
+    def _places(self, method: str, indices: Sequence[int] | None) -> Sequence[int]:
+        """The sub-environments that indices name; all by default."""
+        if indices is None:
+            return range(self.num_envs)
+        listed = isinstance(indices, Iterable)
+        if not (listed and all(isinstance(i, _WHOLE) and 0 <= i < self.num_envs for i in indices)):
+            raise ConfigError(f"{method}: indices {indices!r}; expected a list of places from 0 to {self.num_envs - 1}")
+        return list(map(int, indices))
+
     def _split(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
         if seed is None:
             return [None] * self.num_envs
-        if isinstance(seed, int):
-            return [seed + i for i in range(self.num_envs)]
-        if len(seed) != self.num_envs:
-            raise ConfigError(
-                f"{len(seed)} seeds for {self.num_envs} sub-environments; give one number, or one for each"
-            )
-        return list(seed)
+        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, _WHOLE) else seed
+        fits = isinstance(seeds, Sequence | np.ndarray) and len(seeds) == self.num_envs
+        if not (fits and all(one is None or (isinstance(one, _WHOLE) and one >= 0) for one in seeds)):
+            expected = f"a whole number from 0, or one (or None) for each of {self.num_envs} sub-environments"
+            raise ConfigError(f"seed = {seed!r}; expected {expected}")
+        return [None if one is None else int(one) for one in seeds]
 
     def _given(self, options: dict[str, Any], chosen: Sequence[int]) -> dict[int, EnvState | Question]:
         """What the options say about each chosen place: a state or a question, checked; nothing where None is said."""
@@ -322,6 +331,7 @@ def batch_infos(infos: Mapping[int, Info], n: int) -> Info:
 
 
 _NUMBERS = (int, float, bool)
+_WHOLE = (int, np.integer)
 
 
 def make_async(id: str, num_envs: int, **kwargs: Any) -> AsyncVectorEnv:

@@ -200,6 +200,7 @@ class TokenBudget(_SearchWrapper):
         self._note(used)
         if used >= self.limit and not (terminated or truncated):
             truncated = True
+            self.core.cut_off()
             ended = dataclasses.replace(state, status="out_of_turns")
             reward = float(reward) + task.reward(before, action, ended) - task.reward(before, action, state)
         return observation, float(reward), terminated, truncated, info | self._usage(used)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,7 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from carl_gym.cards import bounded
+from carl_gym.errors import RetrievalError
 from carl_gym.retrieval.analysis import Encoder, QueryEncoder
+from carl_gym.retrieval.builder import sync, sync_tree
 from carl_gym.retrieval.corpus import Corpus
 from carl_gym.retrieval.retriever import Progress, Retriever, SearchResults, check_k, silent
 
@@ -89,6 +92,7 @@ class BM25(Retriever):
         super().__init__(corpus, settings)
         self._index = build_index(corpus, self.settings) if index is None else index
         self._folder = folder
+        self._is_sound = folder is None
         self._ids = corpus.ids
         self._encode = QueryEncoder(self._index.vocabulary)
         self._highest = np.zeros(len(self._index.vocabulary), np.float32)  # filled in by the compiled search
@@ -143,7 +147,12 @@ class BM25(Retriever):
         return functools.partial(type(self), index=self._index), (self.corpus, self.settings)
 
     def search(self, queries: Sequence[str], k: int) -> SearchResults:
-        """At most `k` passages per query that share a term with it, best first; ties in corpus order."""
+        """At most `k` passages per query that share a term with it, best first; ties in corpus order.
+
+        Raises:
+            ConfigError: `k` is below 1.
+            RetrievalError: the loaded index is damaged.
+        """
         check_k(k)
         terms, offsets = self._encode(queries)
         if kernel := _kernel_for(len(queries) * len(self._ids)):
@@ -156,6 +165,8 @@ class BM25(Retriever):
         """`_best` for each query, compiled; other threads run meanwhile."""
         passages = len(self._ids)
         k = min(k, passages)
+        if not self._is_sound:
+            self._check()
         rows, scores, counts = kernel.search(*self._index[:3], self._highest, passages, terms, offsets, k)
         sizes = counts.tolist()
         ids = list(map(self._ids.__getitem__, rows.ravel().tolist()))
@@ -163,6 +174,14 @@ class BM25(Retriever):
             [ids[start : start + size] for start, size in zip(range(0, len(ids), k), sizes, strict=True)],
             [row[:size] for row, size in zip(scores.tolist(), sizes, strict=True)],
         )
+
+    def _check(self) -> None:
+        """Look once through what was loaded: compiled code checks no bounds, and a wrong row could end the process."""
+        _, indices, indptr, _ = self._index
+        rows = indices.view(np.uint32)  # a negative row is a very large one
+        if indptr[0] != 0 or (np.diff(indptr) < 0).any() or rows.max(initial=0) >= len(self._ids):
+            raise RetrievalError(f"{self._folder}: the index is damaged; delete this folder, and it is built again")
+        self._is_sound = True
 
     def _best(self, terms: Longs, k: int) -> tuple[list[int], list[float]]:
         """Rows and scores of the k best passages for a query's terms, in numpy."""
@@ -239,8 +258,15 @@ def _count(corpus: Corpus, work: Path | None, progress: Progress) -> tuple[list[
     parts: list[_Part] = []
     if work is not None:
         while (folder := work / f"part{len(parts):05d}").is_dir():
-            parts.append(_load_part(folder))
-            for term in json.loads((folder / "terms.json").read_text("utf-8", "surrogatepass")):
+            try:
+                part = _load_part(folder)
+                terms = json.loads((folder / "terms.json").read_text("utf-8", "surrogatepass"))
+            except (OSError, ValueError, EOFError):  # a disk that lost power: counted again, with all that build on it
+                for later in [path for path in work.glob("part*") if path.name >= folder.name]:
+                    shutil.rmtree(later)
+                break
+            parts.append(part)
+            for term in terms:
                 vocabulary[term] = len(vocabulary)
     done, total = sum(len(part.lengths) for part in parts), len(corpus)
     known = len(vocabulary)
@@ -286,11 +312,16 @@ def _save_part(folder: Path, part: _Part, terms: list[str]) -> None:
         np.save(unfinished / f"{name}.npy", array)
     text = json.dumps(terms, ensure_ascii=False)
     (unfinished / "terms.json").write_text(text, "utf-8", "surrogatepass")
+    sync_tree(unfinished)
     unfinished.rename(folder)
+    sync(folder.parent)
 
 
 def _load_part(folder: Path) -> _Part:
-    return _Part(*(np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in _Part._fields))
+    part = _Part(*(np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in _Part._fields))
+    if not len(part.terms) == len(part.rows) == len(part.counts):
+        raise ValueError(f"{folder}: the files of the part do not fit together")
+    return part
 
 
 def _empty(work: Path | None, name: str, dtype: type[S], size: int) -> npt.NDArray[S]:

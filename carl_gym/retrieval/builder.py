@@ -168,8 +168,13 @@ def _locked(path: Path, progress: Progress) -> Iterator[None]:
         lock.release()
 
 
+def work_folder(folder: Path) -> Path:
+    """Where the finished parts of an index that belongs in `folder` are kept while it is built."""
+    return folder.with_name(f".building-{folder.name}")
+
+
 def _build(folder: Path, kind: str, cls: type[Retriever], settings: Any, corpus: Corpus, progress: Progress) -> None:
-    work = folder.with_name(f".building-{folder.name}")
+    work = work_folder(folder)
     whole = work / "whole"
     shutil.rmtree(whole, ignore_errors=True)  # saved by a build that was killed while it saved
     (work / "parts").mkdir(parents=True, exist_ok=True)
@@ -192,12 +197,11 @@ def _build(folder: Path, kind: str, cls: type[Retriever], settings: Any, corpus:
         "files": files,
     }
     (whole / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for path in [*_files(whole), *(path for path in whole.rglob("*") if path.is_dir()), whole]:
-        _sync(path)
+    sync_tree(whole)
     if folder.exists():  # damaged
         shutil.rmtree(folder)
     os.rename(whole, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -213,7 +217,13 @@ def _checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """`sync` for a folder and all that it holds."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
     """Make sure that a file's content or a folder's entries are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -149,6 +149,20 @@ def _record(path: Path, line_number: int, line: bytes) -> dict[str, object]:
     return record
 
 
+def join_contents(passage: Passage) -> str:
+    """Title and text in one, as Search-R1's corpora have them: `"Title"`, a line break, the text."""
+    return f'"{passage.title}"\n{passage.text}'
+
+
+def split_contents(contents: str) -> tuple[str, str]:
+    """Title and text of a passage in Search-R1's form: the first line, without the quotation marks around all of it if
+    it has them (those inside stay), and the rest.
+    """
+    title, _, text = contents.strip().partition("\n")
+    title = title.strip()
+    return title[1:-1] if len(title) > 1 and title[0] == title[-1] == '"' else title, text
+
+
 def read_passages(path: str | Path) -> Iterator[Passage]:
     """The passages of a JSON-lines file, plain or .gz, one by one; ids may still repeat.
 
@@ -168,11 +182,7 @@ def _numbered_passages(path: Path) -> Iterator[tuple[int, Passage]]:
             record["id"] = str(record["id"])
         id = text_field(record, "id", where)
         if "contents" in record and "text" not in record:
-            title, _, text = text_field(record, "contents", where).strip().partition("\n")
-            title = title.strip()
-            if len(title) > 2 and title[0] == title[-1] == '"':
-                title = title[1:-1]
-            passage = Passage(id, title, text)
+            passage = Passage(id, *split_contents(text_field(record, "contents", where)))
         else:
             passage = Passage(id, text_field(record, "title", where), text_field(record, "text", where))
         yield line_number, passage

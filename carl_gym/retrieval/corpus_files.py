@@ -35,18 +35,27 @@ def open_corpus(path: str | Path, mapped: bool | None = None, progress: Progress
     path = Path(path)
     if path.is_dir():
         return MappedCorpus(path)
+    folder = mapped_folder(path, mapped)
+    if folder is None:
+        return Corpus.load(path)
+    if folder.is_dir():
+        try:
+            return MappedCorpus(folder)
+        except DataError:
+            shutil.rmtree(folder, ignore_errors=True)  # damaged; the file it was made from is at hand
+    return map_corpus(read_passages(path), folder, progress, source=str(path))
+
+
+def mapped_folder(path: Path, mapped: bool | None = None) -> Path | None:
+    """The folder into which `open_corpus` maps a file; None for one that it reads into memory. Raises DataError where
+    there is no file.
+    """
     try:
         status = path.stat()
     except OSError as error:
         raise DataError(f"{path}: no such file or folder") from error
     size = status.st_size * (_GZIP if path.suffix == ".gz" else 1)
     if not (size > IN_MEMORY if mapped is None else mapped):
-        return Corpus.load(path)
+        return None
     key = f"{FORMAT} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
-    folder = cache_folder() / f"corpus-{blake2b(key.encode('utf-8', 'surrogateescape'), digest_size=8).hexdigest()}"
-    if folder.is_dir():
-        try:
-            return MappedCorpus(folder)
-        except DataError:
-            shutil.rmtree(folder)  # damaged; the file it was made from is at hand
-    return map_corpus(read_passages(path), folder, progress, source=str(path))
+    return cache_folder() / f"corpus-{blake2b(key.encode('utf-8', 'surrogateescape'), digest_size=8).hexdigest()}"

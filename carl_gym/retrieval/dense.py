@@ -76,16 +76,7 @@ class Dense(Retriever):
         self._encoder: Encoder | None = None
         self._lock = threading.Lock()
         self._process = os.getpid()
-        if self.settings.search:
-            import faiss
-
-            try:
-                faiss.ParameterSpace().set_index_parameters(index, self.settings.search)
-            except RuntimeError as error:
-                raise ConfigError(
-                    f"search = {self.settings.search!r} does not fit the index {self.settings.index!r}: "
-                    f"{_first_line(error)}"
-                ) from error
+        _set_search(index, self.settings)
 
     @classmethod
     def build(
@@ -114,18 +105,28 @@ class Dense(Retriever):
         settings = settings or DenseSettings()
         _refuse_fork()
         encoder = load_encoder(encoder_settings(settings))
-        shards = list(_embed(corpus, encoder, work, progress))
         factory = settings.index.replace("{nlist}", str(number_of_lists(len(corpus))))
+        dimension = encoder.dimension
+
+        def refused(error: RuntimeError) -> ConfigError:
+            return ConfigError(
+                f"index = {settings.index!r} cannot be made for {len(corpus)} passages of {dimension} dimensions: "
+                f"{_first_line(error)}"
+            )
+
+        # What FAISS does not understand comes out here, not after hours of encoding.
         try:
-            index = faiss.index_factory(encoder.dimension, factory, faiss.METRIC_INNER_PRODUCT)
-            if not index.is_trained:
-                progress(f"training {factory}", 0, 1)
-                index.train(_training_sample(shards, factory))
+            index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:
-            raise ConfigError(
-                f"index = {settings.index!r} cannot be made for {len(corpus)} passages of {encoder.dimension} "
-                f"dimensions: {_first_line(error)}"
-            ) from error
+            raise refused(error) from error
+        _set_search(index, settings)
+        shards = list(_embed(corpus, encoder, work, progress))
+        if not index.is_trained:
+            progress(f"training {factory}", 0, 1)
+            try:
+                index.train(_training_sample(shards, factory))
+            except RuntimeError as error:
+                raise refused(error) from error
         for shard in shards:
             index.add(np.ascontiguousarray(shard))
             progress("indexing", index.ntotal, len(corpus))
@@ -208,6 +209,19 @@ def number_of_lists(passages: int) -> int:
     """How many IVF lists suit a corpus: the power of two next to 4 sqrt(n), with at least 39 passages for each."""
     wanted = 2 ** round(np.log2(4 * passages**0.5))
     return int(max(1, min(wanted, passages // 39)))
+
+
+def _set_search(index: faiss.Index, settings: DenseSettings) -> None:
+    """Set the search parameters of an index, which may be empty. Raises ConfigError where it has no such ones."""
+    if settings.search:
+        import faiss
+
+        try:
+            faiss.ParameterSpace().set_index_parameters(index, settings.search)  # type: ignore[arg-type]  # its stubs
+        except RuntimeError as error:
+            raise ConfigError(
+                f"search = {settings.search!r} does not fit the index {settings.index!r}: {_first_line(error)}"
+            ) from error
 
 
 def _embed(corpus: Corpus, encoder: Encoder, work: Path | None, progress: Progress) -> Iterator[Vectors]:

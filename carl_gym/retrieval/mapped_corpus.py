@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import platform
 import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -105,30 +106,62 @@ def map_corpus(
     Args:
         passages: at least one, with unique ids; read once.
         folder: must not exist. It appears when everything is written; a killed run leaves a folder beside it that
-            has another name.
+            has another name, and that the next run deletes.
         progress: told what is done, how many passages, and out of how many (`total`).
         source: where the passages come from, for error messages.
         total: how many passages there will be, if that is known.
 
     Raises:
-        DataError: no passages, or an id that occurs twice.
+        DataError: no passages, an id that occurs twice, or a folder that cannot be written.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    _remove_left_over(folder)
+    unfinished = _unfinished(folder, os.getpid())
     try:
+        unfinished.mkdir(parents=True)
         _write(passages, unfinished, progress, source, total)
         try:
             unfinished.rename(folder)
         except OSError:
+            if not folder.exists():
+                raise
             # Another process was faster: the same passages are as good as ours, others are not.
             if MappedCorpus(folder).fingerprint != _manifest(unfinished)["fingerprint"]:
                 raise DataError(f"{folder}: holds another corpus already; delete it or choose another folder") from None
+    except OSError as error:
+        raise DataError(
+            f"{folder}: the passages cannot be mapped there ({error}); it needs a folder that can be written and has "
+            "room, such as one named by CARL_GYM_CACHE"
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return MappedCorpus(folder)
+
+
+def _unfinished(folder: Path, pid: int | str) -> Path:
+    """Where a process writes. (With the machine's name: others may share the disk, and number their own processes.)"""
+    return folder.with_name(f".{folder.name}.{platform.node()}.{pid}")
+
+
+def _remove_left_over(folder: Path) -> None:
+    """Delete what killed processes of this machine, or an older one with our number, have left of their work."""
+    prefix = _unfinished(folder, "").name
+    for path in folder.parent.glob(".*"):
+        pid = path.name.removeprefix(prefix)
+        if path.name.startswith(prefix) and pid.isdecimal() and (int(pid) == os.getpid() or not _runs(int(pid))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    if os.name != "posix":  # elsewhere signal 0 is no question
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def _write(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from carl_gym.cards import load_card, make_card
 from carl_gym.errors import CardError
-from carl_gym.retrieval.builder import open_or_build
+from carl_gym.retrieval.builder import index_folder, open_or_build
 from carl_gym.retrieval.corpus import Corpus
 from carl_gym.retrieval.retriever import Progress, Retriever, silent
 
@@ -83,6 +84,22 @@ def make_retriever(card: IndexCard | str, corpus: Corpus, progress: Progress = s
     if isinstance(card, str):
         card = load_card("retrieval_index", card, IndexCard)
     cls, settings = class_and_settings(card)
-    if not card.cache or cls.save is Retriever.save:
+    if not _is_kept(card, cls):
         return cls.build(corpus, settings, progress=progress)
     return open_or_build(card.kind, cls, settings, corpus, progress)
+
+
+def index_folders(card: IndexCard, corpus: Corpus) -> list[tuple[str, Path]]:
+    """Where the built indexes of a recipe over a corpus belong, each with its kind: one, or those of a hybrid's parts,
+    and none for what is kept nowhere. Raises CardError as `make_retriever`.
+    """
+    _, settings = class_and_settings(card)
+    parts = settings.parts if card.kind == "hybrid" else ()
+    cards = [load_card("retrieval_index", name, IndexCard) for name in parts] or [card]
+    kept = [(card.kind, *class_and_settings(card)) for card in cards if _is_kept(card, retriever_class(card.kind))]
+    return [(kind, index_folder(kind, cls, settings, corpus)) for kind, cls, settings in kept]
+
+
+def _is_kept(card: IndexCard, cls: type[Retriever]) -> bool:
+    """Whether the built index of a recipe is kept on disk."""
+    return card.cache and cls.save is not Retriever.save

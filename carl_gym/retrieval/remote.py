@@ -11,6 +11,7 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ import orjson
 from carl_gym.cards import bounded
 from carl_gym.errors import ConfigError, RetrievalError
 from carl_gym.retrieval.corpus import Corpus, Passage
-from carl_gym.retrieval.retriever import Progress, Retriever, SearchResults, silent
+from carl_gym.retrieval.retriever import Progress, Retriever, SearchResults, check_k, silent
 from carl_gym.retrieval.wire import CORPUS_HEADER, RETRIEVER_HEADER, clipped, passage_of
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class RemoteSettings:
 
     Attributes:
         url: of the server, such as http://127.0.0.1:8000; a trailing /retrieve is ignored. Empty: the corpus' own.
-        timeout: seconds for an attempt.
+        timeout: seconds for an attempt as a whole, from connecting to the last byte (see `deadline`).
         retries: attempts after the first, on connection errors, timeouts and statuses 502, 503 and 504.
         backoff: seconds before the second attempt; doubled each time, with jitter, and at least what the server's
             Retry-After says.
@@ -100,9 +101,16 @@ class Connection:
     """
 
     def __init__(self, settings: RemoteSettings) -> None:
+        import httpx
+
         self.url = settings.url.strip().rstrip("/").removesuffix("/retrieve").rstrip("/")
-        if not self.url.startswith(("http://", "https://")):
-            raise ConfigError(f"{settings.url!r} is no URL of a server; expected something like http://127.0.0.1:8000")
+        wrong = f"{settings.url!r} is no URL of a server; expected something like http://127.0.0.1:8000"
+        try:
+            url = httpx.URL(self.url)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"{wrong} ({error})") from error
+        if url.scheme not in ("http", "https") or not url.host or (url.port or 80) > 65535:
+            raise ConfigError(wrong)
         self.settings = settings
         self._clients: dict[int, httpx.Client] = {}
         self.info = self._identify()
@@ -247,8 +255,12 @@ class Connection:
         if client is None:
             import httpx
 
+            from carl_gym.retrieval.deadline import DeadlineTransport
+
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30.0)
-            client = httpx.Client(timeout=self.settings.timeout, limits=limits, trust_env=False)
+            transport = DeadlineTransport(limits=limits, trust_env=False)
+            client = httpx.Client(timeout=self.settings.timeout, transport=transport, trust_env=False)
+            weakref.finalize(self, client.close)  # also at exit
             client = self._clients.setdefault(os.getpid(), client)
         return client
 
@@ -432,7 +444,13 @@ class Remote(Retriever):
         return cls(corpus, settings)
 
     def search(self, queries: Sequence[str], k: int) -> SearchResults:
-        """What the server finds. Raises RetrievalError when it fails or answers nonsense."""
+        """What the server finds.
+
+        Raises:
+            ConfigError: `k` is below 1.
+            RetrievalError: the server fails or answers nonsense.
+        """
+        check_k(k)
         found: list[list[tuple[Passage, float]]] = []
         clean = [query if _encodable(query) else query.encode("utf-8", "replace").decode() for query in queries]
         for part in self.connection.parts(clean):

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from carl_gym.retrieval.corpus import Passage
+from carl_gym.retrieval.corpus import Passage, join_contents, split_contents
 from carl_gym.retrieval.retriever import Retriever
 
 CORPUS_HEADER = "x-corpus-fingerprint"
@@ -23,14 +23,9 @@ Row = dict[str, Any]
 """A passage in a response: keys id, url (the id again: what /access takes), title, contents."""
 
 
-def contents(passage: Passage) -> str:
-    """Title and text in one, as Search-R1's corpora have them: `"Title"`, a line break, the text."""
-    return f'"{passage.title}"\n{passage.text}'
-
-
 def row(passage: Passage) -> Row:
     """A passage as a row; `passage_of` is its inverse."""
-    return {"id": passage.id, "url": passage.id, "title": passage.title, "contents": contents(passage)}
+    return {"id": passage.id, "url": passage.id, "title": passage.title, "contents": join_contents(passage)}
 
 
 def passage_of(value: object) -> Passage:
@@ -55,8 +50,7 @@ def passage_of(value: object) -> Passage:
     title = value.get("title")
     if isinstance(title, str) and text.startswith(f'"{title}"\n'):
         return Passage(name, title, text[len(title) + 3 :])
-    first, _, rest = text.partition("\n")
-    return Passage(name, first.strip().strip('"'), rest)
+    return Passage(name, *split_contents(text))
 
 
 def retriever_fingerprint(retriever: Retriever) -> str:

@@ -79,6 +79,10 @@ class Trainer:
                 f"agent {config.agent!r} is hosted (backend {self.agent.card.backend}) and has no weights here to "
                 "train; evaluate it with scripts/evaluate.py, or train a model folder or hub id"
             )
+        if config.canary_tolerance is not None and self.agent.shares_weights:
+            raise ConfigError(
+                "canary_tolerance is for vLLM; with backend transformers sampler and learner are one model"
+            )
         self.learner = Learner(
             self.agent.model,
             learning_rate=config.learning_rate,
@@ -199,8 +203,10 @@ class Trainer:
         for name, temperature in (("sampled", self.config.temperature), ("greedy", 0.0)):
             if self.eval_questions:
                 found |= self._play(temperature).metrics(f"eval/{name}")
-        # The next step must not meet what evaluation left in the policy's cache: a resumed run does not have it.
-        self.agent.sync()
+        if self.agent.shares_weights:
+            # The next step must not meet what evaluation left in the cache: a resumed run does not have it. (With an
+            # engine of its own no run is repeated bit for bit, and a sync costs more.)
+            self.agent.sync()
         return found
 
     def _play(self, temperature: float) -> Evaluation:
