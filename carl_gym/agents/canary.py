@@ -12,9 +12,9 @@ from carl_gym.agents.policy import Policy, SampleRequest
 from carl_gym.errors import PolicyError
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25, "auto": 0.25}
-"""Nats, by the dtype of the agent's card. Rounding gives about 1e-5 in float32 and 2e-2 in bfloat16; weights that
-are a step behind give from 2e-3 (learning rate 1e-6) to 0.4 (3e-4), a stale cache several. So in bfloat16 small steps hide
-in the rounding, and the labels of the weights have to do."""
+"""Nats, by the dtype of the agent's card. Rounding gives about 1e-5 in float32 and 2e-2 in bfloat16; weights that are a
+step behind give from 2e-3 (learning rate 1e-6) to 0.4 (3e-4), a stale cache several. So in bfloat16 small steps hide in
+the rounding, and the labels of the weights have to do."""
 _LENGTHS = (300, 190, 110, 70)
 """Prefix lengths in tokens: some full cache blocks and a part of one, whatever the block size."""
 
