@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
@@ -69,9 +70,9 @@ def main(options: Options) -> None:
             print(f"{options.prefix} tokens before the action, {options.tokens} in it.\n")
             speed_table(policies, stream, options)
             sync_line(policies["vllm"], model)
+            cast(VllmPolicy, policies["vllm"]).close()
             if name != "100m":
                 fork_table(source)
-            del policies, model
 
 
 def load(source: str) -> tuple[PreTrainedModel, dict[str, Policy]]:
@@ -198,6 +199,7 @@ def fork_table(source: str) -> None:
         actions = sum(tree.actions_generated for tree in trees)
         cells = [f"{n:,}" for n in (actions, asked, computed, unique)]
         print(f"| N0 = {initial}, N = {forks} | {' | '.join(cells)} | {computed / unique:.2f} |", flush=True)
+    agent.policy.close()
     print(f"\n(16 questions; a cache block has {vllm_engine.CPU_BLOCK} tokens)")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,13 @@ def start(folder: Path, **options: int) -> VllmPolicy:
 def numba_was_imported_before() -> None:
     """As after a search in a large corpus: vLLM's start must not trip over what numba brings."""
     pytest.importorskip("numba")
+
+
+@pytest.fixture(autouse=True)
+def one_engine_at_a_time() -> Iterator[None]:
+    yield
+    if (running := VllmPolicy.running()) is not None:
+        running.close()
 
 
 @pytest.fixture(params=["llama-tied", "llama", "qwen2", "qwen3-tied"])
@@ -185,32 +193,31 @@ def test_a_full_context_ends_the_episode_and_not_the_batch(tmp_path: Path) -> No
     assert all(tree.prefix_length(leaf.id) <= 200 or leaf.terminal for tree in trees for leaf in tree.leaves())
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_requests_that_cannot_be_served(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    policy = start(tmp_path)
+    for change, message in (
         ({"prefix": []}, "at least one token"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"max_tokens": CONTEXT}, "exceed the model's context"),
-    ],
-)
-def test_requests_that_cannot_be_served(change: dict[str, object], message: str, shared: VllmPolicy) -> None:
-    values: dict[str, object] = {"prefix": [1, 2, 3], "seed": 0, "max_tokens": 4} | change
-    with pytest.raises(PolicyError, match=message):
-        shared.sample([SampleRequest(**values)])  # type: ignore[arg-type]
-
-
-def test_sequences_that_cannot_be_scored(shared: VllmPolicy) -> None:
+    ):
+        values: dict[str, object] = {"prefix": [1, 2, 3], "seed": 0, "max_tokens": 4} | change
+        with pytest.raises(PolicyError, match=message):
+            policy.sample([SampleRequest(**values)])  # type: ignore[arg-type]
     with pytest.raises(PolicyError, match="cannot score 1 tokens after a prefix of 0"):
-        shared.score([[]], [[1]])
+        policy.score([[]], [[1]])
     with pytest.raises(PolicyError, match="shorter than the context"):
-        shared.score([[1] * (CONTEXT - 1)], [[1]])
+        policy.score([[1] * (CONTEXT - 1)], [[1]])
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> VllmPolicy:
-    folder = tmp_path_factory.mktemp("model")
-    save_model(folder)
-    return start(folder)
+def test_one_engine_in_a_process(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    first = start(tmp_path)
+    with pytest.raises(PolicyError, match=r"a vLLM engine runs in this process.*call close\(\)"):
+        start(tmp_path)
+    assert first.sample(requests(1, temperature=1.0))
+    first.close()
+    assert start(tmp_path).sample(requests(1, temperature=1.0))
 
 
 def test_weights_that_are_not_the_models(tmp_path: Path) -> None:
@@ -227,6 +234,29 @@ def test_weights_that_are_not_the_models(tmp_path: Path) -> None:
 def test_no_such_model() -> None:
     with pytest.raises(PolicyError, match="agent 'no/such-model': no usable model at 'no/such-model'"):
         load_agent("no/such-model", backend="vllm", trainable=False)
+
+
+def test_only_what_was_named_ends_an_action(tmp_path: Path) -> None:
+    """A model that writes the tokenizer's end-of-sequence token over and over."""
+    model, end = save_model(tmp_path), TAGS.eos_token_id
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[end] = 1.0
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.model.norm.weight.fill_(1.0)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    ids = TAGS.encode("Question")
+    for eos, length, finish in (({end}, 1, "eos"), ({1}, 5, "length"), (set(), 5, "length")):
+        policy = VllmPolicy(str(tmp_path), TAGS, (), eos, dtype="float32", context=CONTEXT)
+        policy.sync(dict(model.named_parameters()))
+        reference = TransformersPolicy(model, TAGS, (), eos=eos)
+        request = SampleRequest(ids, seed=0, temperature=0.0, max_tokens=5)
+        (ours,), (theirs,) = policy.sample([request]), reference.sample([request])
+        assert (ours.token_ids, ours.text, ours.finish_reason) == (theirs.token_ids, theirs.text, theirs.finish_reason)
+        assert (len(ours.token_ids), ours.finish_reason) == (length, finish)
+        policy.close()
 
 
 def test_weights_that_are_not_finite_are_loud(tmp_path: Path) -> None:

@@ -158,6 +158,7 @@ def sampling_parameters(request: SampleRequest, stop: Sequence[str], eos: Iterab
     return {
         "temperature": request.temperature, "seed": request.seed % 2**63, "max_tokens": request.max_tokens,
         "logprobs": 0, "stop": list(stop), "include_stop_str_in_output": True, "stop_token_ids": sorted(eos),
+        "ignore_eos": True,  # `eos` says what ends an action, and nothing else does
         "top_p": 1.0, "top_k": 0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
         "repetition_penalty": 1.0, "skip_special_tokens": False, "spaces_between_special_tokens": False,
     }  # fmt: skip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -33,8 +35,10 @@ class VllmPolicy:
         cpu_cache_bytes: size of the cache on a CPU.
 
     Raises:
-        PolicyError: vLLM is not installed, or cannot serve the model.
+        PolicyError: vLLM is not installed or cannot serve the model, or another engine runs in this process.
     """
+
+    _running: ClassVar[weakref.ref[VllmPolicy] | None] = None
 
     def __init__(
         self,
@@ -55,10 +59,20 @@ class VllmPolicy:
         self._handed_over = 0
         self._weights = "default"  # vLLM's label of what an engine starts with
         self._can_sleep = torch.cuda.is_available()
+        if VllmPolicy.running() is not None:
+            raise PolicyError(
+                "a vLLM engine runs in this process, and the end of one breaks others: call close() of its policy first"
+            )
         self.engine = vllm_engine.start_engine(
             model, dtype=dtype, context=context, max_batch=max_batch, memory=memory, cpu_cache_bytes=cpu_cache_bytes,
             sleep=self._can_sleep,
         )  # fmt: skip
+        VllmPolicy._running = weakref.ref(self)
+
+    @staticmethod
+    def running() -> VllmPolicy | None:
+        """The policy whose engine runs in this process."""
+        return VllmPolicy._running() if VllmPolicy._running is not None else None
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[Completion]:
         """Sample one completion per request, in order.
@@ -107,6 +121,7 @@ class VllmPolicy:
 
     def close(self) -> None:
         """Give the engine's memory back; nothing can be sampled afterwards."""
+        VllmPolicy._running = None
         del self.engine
         gc.collect()
         if torch.cuda.is_available():
