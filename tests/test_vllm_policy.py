@@ -176,6 +176,8 @@ def test_a_carl_step_on_its_samples(tmp_path: Path) -> None:
     assert metrics is not None and metrics.gap < TOLERANCE
     agent.sync()
     assert agent.policy.version == 1
+    agent.save(tmp_path / "saved")
+    assert load_agent(str(tmp_path / "saved")).shares_weights, "how it was sampled is no part of the agent"
 
 
 def test_a_full_context_ends_the_episode_and_not_the_batch(tmp_path: Path) -> None:

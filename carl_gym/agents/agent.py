@@ -124,26 +124,27 @@ def load_agent(
         PolicyError: no such model, one that says nowhere how a prompt looks, or a backend that cannot run it.
     """
     card, source = resolve(name)
-    if weights_dir is not None and (backend or card.backend) != "vllm-server":
+    used = card  # with what the caller has otherwise; a saved agent keeps its own card
+    if backend or urls:
+        backend = backend or card.backend
+        used = replace(card, backend=backend, urls=tuple(urls) or (card.urls if backend == card.backend else ()))
+    if weights_dir is not None and used.backend != "vllm-server":
         raise ConfigError(
             f"weights_dir ({weights_dir}) is for servers (backend vllm-server), which read weights from it"
         )
-    if backend or urls:
-        backend = backend or card.backend
-        card = replace(card, backend=backend, urls=tuple(urls) or (card.urls if backend == card.backend else ()))
-    if card.backend == "openai":
-        return _hosted(card, name, tools)
+    if used.backend == "openai":
+        return _hosted(used, name, tools)
     tokenizer, context, eos = _tokenizer(name, source)
-    needs_model = trainable or card.backend in ("transformers", "vllm-server") or bool(card.lora)
+    needs_model = trainable or used.backend in ("transformers", "vllm-server") or bool(card.lora)
     model = _model(name, source, card.lora, "float32" if trainable else card.dtype, device) if needs_model else None
     transcript = make_transcript(card, tokenizer, context, name=name, tools=tools)
     if transcript.end_of_turn is not None:
         eos = eos | {transcript.end_of_turn}
     policy: Policy
-    if card.backend == "transformers":
+    if used.backend == "transformers":
         assert model is not None
         policy = TransformersPolicy(model, tokenizer, STOP_STRINGS, eos=eos)
-    elif card.backend == "vllm":
+    elif used.backend == "vllm":
         from carl_gym.agents.vllm_policy import VllmPolicy
 
         policy = VllmPolicy(source, tokenizer, STOP_STRINGS, eos, dtype=card.dtype, context=transcript.context)
@@ -151,13 +152,12 @@ def load_agent(
         from carl_gym.agents.vllm_server_policy import VllmServerPolicy
         from carl_gym.agents.weight_transfer import DiskTransfer
 
-        transfer = DiskTransfer(weights_dir) if model else None
         policy = VllmServerPolicy(
-            card.urls, tokenizer, STOP_STRINGS, eos, context=transcript.context, transfer=transfer
+            used.urls, tokenizer, STOP_STRINGS, eos, context=transcript.context, transfer=DiskTransfer(weights_dir)
         )
     agent = Agent(card, policy, transcript, model, tokenizer)
-    if model is not None and (card.lora or card.backend == "vllm-server") and not agent.shares_weights:
-        agent.sync()  # the adapter, or whatever else a server has held before
+    if used.backend == "vllm-server" or (used.backend == "vllm" and card.lora):
+        agent.sync()  # servers may hold anything, and an engine loads a model without its adapter
         policy.version = 0
     return agent
 
