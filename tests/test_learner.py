@@ -18,7 +18,8 @@ from carl_gym.algorithms import Algorithm, get_algorithm, token_weights
 from carl_gym.envs.registration import make_task
 from carl_gym.errors import CarlGymError
 from carl_gym.rollouts import RolloutTree, collect
-from carl_gym.training.learner import Learner, micro_batches
+from carl_gym.training.learner import Learner
+from carl_gym.training.packing import micro_batches
 from carl_gym.training.segments import Row, rows, segments
 
 NAMES = ("carl", "carl-lite", "grpo")
@@ -214,7 +215,7 @@ def test_the_same_batch_gives_the_same_weights_bit_for_bit(carl_batch):
 
 def test_metrics_count_tokens_and_give_the_mean_entropy(carl_batch):
     found = carl_batch.rows()
-    metrics = carl_batch.learner(batch_tokens=1).update(found, 0.2, 0.2)
+    metrics = carl_batch.learner(batch_tokens=1, packing="rows").update(found, 0.2, 0.2)
     assert metrics.tokens == sum(len(row.tokens) for row in found)  # each row alone: no padding
     entropies = []
     with torch.no_grad():

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from carl_gym.agents.logprob_model import LogprobModel
+from carl_gym.agents.tree_attention import tree_attention
 from carl_gym.errors import CarlGymError
 from carl_gym.training.loss import ppo_clip
+from carl_gym.training.packing import packs, padded, unique_tokens
 from carl_gym.training.segments import Row
+
+Packing = Literal["tree", "rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,7 @@ class UpdateMetrics:
         entropy: mean entropy of the token distributions at the trained positions, in nats.
         grad_norm: global norm before clipping.
         tokens: tokens that went through the model, padding included.
+        needed: tokens that had to: the different beginnings of what comes before a trained token.
     """
 
     loss: float
@@ -36,6 +42,7 @@ class UpdateMetrics:
     entropy: float
     grad_norm: float
     tokens: int
+    needed: int
 
 
 class Learner:
@@ -46,7 +53,9 @@ class Learner:
         learning_rate: constant.
         temperature: what the sampler divided logits by; the ratio needs the same distribution.
         max_grad_norm: gradients are scaled down to this global norm.
-        batch_tokens: most tokens (rows times longest row) of a micro-batch.
+        packing: "tree" takes what several rows begin with through the model once; "rows" takes each row by itself,
+            padded, for models whose attention has no form for trees.
+        batch_tokens: most tokens of a micro-batch (of rows: number times longest).
         weight_decay: AdamW's.
         autocast: compute dtype; weights and optimiser stay float32.
     """
@@ -58,6 +67,7 @@ class Learner:
         learning_rate: float,
         temperature: float = 1.0,
         max_grad_norm: float = 1.0,
+        packing: Packing = "tree",
         batch_tokens: int = 8192,
         weight_decay: float = 0.0,
         autocast: torch.dtype | None = None,
@@ -65,6 +75,7 @@ class Learner:
         self.model = LogprobModel(model)
         self.temperature = temperature
         self.max_grad_norm = max_grad_norm
+        self.packing = packing
         self.batch_tokens = batch_tokens
         self.autocast = autocast
         self.optimizer = torch.optim.AdamW(
@@ -79,23 +90,28 @@ class Learner:
         """
         if not rows:
             return None
-        device = self.model.model.device
-        self.model.train()
+        model = self.model.model
+        model.train()
         self.optimizer.zero_grad(set_to_none=True)
         loss = clipped = gap = entropy = 0.0
         tokens = trained = 0
-        for batch in micro_batches(rows, self.batch_tokens):
-            ids, row_index, columns, sampled, advantages, weights = (t.to(device) for t in _collate(batch))
-            with torch.autocast(device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-                logprobs, entropies = self.model(ids, row_index, columns, self.temperature)
-            terms = ppo_clip(logprobs, sampled, advantages, weights, clip_low, clip_high)
-            terms.loss.backward()
-            loss += float(terms.loss.detach())
-            clipped += float(terms.clipped)
-            gap = max(gap, float(terms.gap))
-            entropy += float(entropies.sum())
-            tokens += ids.numel()
-            trained += len(columns)
+        as_tree = self.packing == "tree"
+        batches = packs(rows, self.batch_tokens) if as_tree else padded(rows, self.batch_tokens)
+        with tree_attention(model) if as_tree else nullcontext():
+            for batch in batches:
+                ids, index, columns, targets, sampled, advantages, weights = batch.tensors(model.device)
+                with self._autocast():
+                    logprobs, entropies = self.model(
+                        ids, index, columns, self.temperature, targets=targets, tree=batch.tree
+                    )
+                terms = ppo_clip(logprobs, sampled, advantages, weights, clip_low, clip_high)
+                terms.loss.backward()
+                loss += float(terms.loss.detach())
+                clipped += float(terms.clipped)
+                gap = max(gap, float(terms.gap))
+                entropy += float(entropies.sum())
+                tokens += ids.numel()
+                trained += len(logprobs)
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
         if not math.isfinite(loss) or not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
@@ -105,27 +121,9 @@ class Learner:
             )
         self.optimizer.step()
         weight = sum(float(row.weights.sum()) for row in rows)
-        return UpdateMetrics(loss, clipped / weight, gap, entropy / trained, norm, tokens)
+        return UpdateMetrics(loss, clipped / weight, gap, entropy / trained, norm, tokens, needed=unique_tokens(rows))
 
-
-def micro_batches(rows: Sequence[Row], batch_tokens: int) -> list[list[Row]]:
-    """Rows of similar length together, each batch within the token budget (a longer single row stands alone)."""
-    batches: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: len(row.tokens), reverse=True):
-        if batches and (len(batches[-1]) + 1) * len(batches[-1][0].tokens) <= batch_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
-
-
-def _collate(rows: Sequence[Row]) -> tuple[torch.Tensor, ...]:
-    """ids (rows, longest), right-padded, then row and column of each trained token and its aligned values."""
-    ids = torch.zeros(len(rows), max(len(row.tokens) for row in rows), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row.tokens)] = torch.from_numpy(row.tokens)
-    arrays = (
-        np.repeat(np.arange(len(rows)), [len(row.positions) for row in rows]),
-        *(np.concatenate([getattr(row, name) for row in rows]) for name in Row.__slots__[1:]),
-    )
-    return (ids, *(torch.from_numpy(array) for array in arrays))
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.model.model.device.type, self.autocast)
