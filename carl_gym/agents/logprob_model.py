@@ -59,7 +59,7 @@ class LogprobModel(nn.Module):
         sources, which = (rows * input_ids.shape[1] + columns - 1).unique(return_inverse=True)
         chosen, order = hidden.flatten(0, 1)[sources], which.argsort()
         step = max(1, CHUNK // self.model.config.vocab_size)
-        starts = range(0, len(sources), step)
+        starts = range(0, max(1, len(sources)), step)  # a part even where nothing is asked
         cuts = torch.searchsorted(which[order], torch.tensor([*starts, len(sources)], device=which.device)).tolist()
         found = []
         for start, low, high in zip(starts, cuts[:-1], cuts[1:], strict=True):

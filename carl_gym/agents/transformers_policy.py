@@ -3,75 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 
 import numpy as np
 import torch
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from carl_gym.agents.decode_batch import Counters, DecodeBatch, Slot
+from carl_gym.agents.draws import uniforms as uniforms
 from carl_gym.agents.kv_cache import PrefixCache
 from carl_gym.agents.logprob_model import LogprobModel, evaluation_mode
-from carl_gym.agents.policy import Completion, FinishReason, SampleRequest, check_requests, eos_ids
+from carl_gym.agents.policy import Completion, Exchange, SampleRequest, check_requests, eos_ids, sample_by_stream
+from carl_gym.agents.tree_attention import limited_layers
 from carl_gym.errors import PolicyError
-
-_GOLDEN = 0x9E3779B97F4A7C15
-
-
-def uniforms(seeds: np.ndarray, index: int) -> np.ndarray:
-    """The `index`-th uniform number in [0, 1) of each seed's stream (SplitMix64, Steele et al. 2014).
-
-    Counter-based: a request's numbers depend on its seed alone, never on the batch it is in.
-
-    Args:
-        seeds: (n,) uint64.
-        index: position in the streams.
-    """
-    x = seeds + np.uint64(_GOLDEN * (index + 1) % 2**64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
-
-
-class _SlotCache(Cache):
-    """Keys and values of a batch, one row per slot, each row at its own length.
-
-    `kv`, the used rows of `buffer`, has shape (layers, 2, rows, length, heads, head_dim). The caller sets where the
-    next `update` writes and how many positions it returns; what a row must not see is masked by the caller.
-    """
-
-    def __init__(self, buffer: torch.Tensor, rows: int) -> None:
-        super().__init__(layers=[])
-        self.buffer = buffer
-        self.kv = buffer[:, :, :rows]
-        self.rows = torch.arange(rows, device=buffer.device).unsqueeze(1)
-        self.positions = self.rows
-        self.visible = 0
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.kv[layer_idx]
-        keys[self.rows, self.positions] = key_states.transpose(1, 2)
-        values[self.rows, self.positions] = value_states.transpose(1, 2)
-        return keys[:, : self.visible].transpose(1, 2), values[:, : self.visible].transpose(1, 2)
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Keep only these rows, in this order (repeats allowed, if the buffer has so many rows)."""
-        self.kv = self.buffer[:, :, : len(rows)]
-        self.kv[:, :, :, : self.visible] = self.buffer[:, :, rows, : self.visible]
-        self.rows = torch.arange(len(rows), device=self.kv.device).unsqueeze(1)
-
-
-@dataclass(slots=True)
-class _Slot:
-    """A request being served."""
-
-    request: SampleRequest
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish: FinishReason = "length"
-    cached: int = 0
 
 
 class TransformersPolicy:
@@ -100,11 +46,10 @@ class TransformersPolicy:
         max_batch: int = 96,
         cache_bytes: int = 1 << 29,
     ) -> None:
-        layer_types = set(getattr(model.config, "layer_types", None) or [])
-        if layer_types - {"full_attention"} or (not layer_types and getattr(model.config, "sliding_window", None)):
+        if limits := limited_layers(model):
             raise PolicyError(
-                f"{type(model).__name__} has layers that do not attend to the whole prefix "
-                f"({', '.join(sorted(layer_types)) or 'a sliding window'}); use one with full attention in every layer"
+                f"{type(model).__name__} has layers that do not attend to the whole prefix ({limits}); use one with "
+                "full attention in every layer"
             )
         for setting in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(model.config, setting, None) not in (None, 1, 1.0):
@@ -117,7 +62,8 @@ class TransformersPolicy:
         self.max_batch = max_batch
         self.context = int(model.config.max_position_embeddings)
         self._cache = PrefixCache(cache_bytes)
-        self._memory = torch.empty(0)
+        self._batch = DecodeBatch(model, self._cache)
+        self._complete: list[Slot] = []
         self._scorer = LogprobModel(model)
         self._eos = eos_ids(model.generation_config, tokenizer) if eos is None else eos
         # Only a token with a stop string's last character can complete one; this look-up spares decoding.
@@ -125,7 +71,6 @@ class TransformersPolicy:
         pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         self._may_stop = {i for i, piece in enumerate(pieces) if last & set(piece)}
 
-    @torch.inference_mode()
     def sample(self, requests: Sequence[SampleRequest]) -> list[Completion]:
         """Sample one completion per request, in order.
 
@@ -133,14 +78,39 @@ class TransformersPolicy:
             PolicyError: an empty or too long prefix, a temperature below 0, or a log-prob that is not finite.
         """
         check_requests(requests, self.context)
-        slots = [_Slot(request) for request in requests]
-        # Rows of similar length share a batch, which keeps padding small; results go back in request order.
-        order = sorted(range(len(slots)), key=lambda i: len(slots[i].request.prefix))
-        with evaluation_mode(self.model):
-            for start in range(0, len(order), self.max_batch):
-                self._serve([slots[i] for i in order[start : start + self.max_batch]])
-        self._cache.shrink()
-        return [self._completion(slot) for slot in slots]
+        # Rows of similar length are decoded together; the rest joins as they finish.
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prefix))
+        answers = dict(zip(order, sample_by_stream(self, [requests[i] for i in order]), strict=True))
+        return [answers[i] for i in range(len(requests))]
+
+    def stream(self, exchange: Exchange) -> None:
+        """Sample what `exchange` asks for, until it is idle and asked for nothing (`policy.StreamingPolicy`).
+
+        Requests join in the order in which they were asked for, once enough others are complete that their prefixes
+        go through the model together.
+
+        Raises:
+            PolicyError: as `sample`.
+        """
+        waiting: deque[Slot] = deque()
+        try:
+            while True:
+                idle = not waiting and not self._batch.size
+                # Outside of everything that this policy does to its model and to torch.
+                new = exchange(self._finished(), idle)
+                check_requests([request for _, request in new], self.context)
+                waiting.extend(Slot(number, request) for number, request in new)
+                if idle and not waiting:
+                    return
+                with torch.inference_mode(), evaluation_mode(self.model) if self.model.training else nullcontext():
+                    self._admit(waiting)
+                    self._step()
+        except BaseException:
+            self._batch.clear()
+            self._complete.clear()
+            raise
+        finally:
+            self._cache.shrink()
 
     @torch.inference_mode()
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -174,104 +144,34 @@ class TransformersPolicy:
                     parameter.copy_(torch.as_tensor(weights[name]))
         self.version += 1
         self._cache.clear()
-        self._memory = torch.empty(0)  # weights that were not finite may have left such values in it
+        self._batch.clear()  # weights that were not finite may have left such values in it
 
-    def _serve(self, slots: list[_Slot]) -> None:
-        """Prefill and decode one batch to the end."""
-        cache, lengths, logits = self._prefill(slots)
-        device = self.model.device
-        seeds = np.array([slot.request.seed % 2**64 for slot in slots], dtype=np.uint64)
-        temperatures = torch.tensor([slot.request.temperature for slot in slots], device=device).unsqueeze(1)
-        rows: list[_Slot | None] = list(slots)  # the slot that each row of the cache decodes; None once it is complete
-        alive = len(rows)
-        for step in range(max(slot.request.max_tokens for slot in slots)):
-            tokens, logprobs = _draw(logits, temperatures, uniforms(seeds, step))
-            for row, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs, strict=True)):
-                slot = rows[row]
-                if slot is not None and self._append(slot, token, logprob):
-                    self._store(slot, cache, row)
-                    rows[row] = None
-                    alive -= 1
-            if not alive:
-                return
-            if alive <= 0.75 * len(rows):  # dropping rows copies the cache, so not for every single one
-                left = torch.tensor([row for row, slot in enumerate(rows) if slot is not None], device=device)
-                cache.keep(left)
-                rows = [slot for slot in rows if slot is not None]
-                seeds = seeds[left.cpu().numpy()]
-                tokens, temperatures, lengths = tokens[left], temperatures[left], lengths[left]
-            logits = self._forward(cache, tokens.unsqueeze(1), lengths.unsqueeze(1))[:, 0]
-            lengths = lengths + 1
+    @property
+    def counters(self) -> Counters:
+        """What went through the model since the policy was made."""
+        return self._batch.counters
 
-    def _prefill(self, slots: list[_Slot]) -> tuple[_SlotCache, torch.Tensor, torch.Tensor]:
-        """Keys and values of every slot's prefix, its length, and the logits after it.
+    def _admit(self, waiting: deque[Slot]) -> None:
+        """Requests join once they make a quarter of what is under way: a prefill for each would cost more."""
+        size = self._batch.size
+        count = min(len(waiting), self.max_batch - size)
+        if count and 4 * count >= size:
+            self._batch.admit([waiting.popleft() for _ in range(count)])
 
-        Slots with one and the same prefix (siblings) are computed once. The last prefix token is never taken from the
-        cache, so a fork and a fresh turn go the same way.
-        """
-        config, device = self.model.config, self.model.device
-        unique: dict[tuple[int, ...], int] = {}
-        index = [unique.setdefault(tuple(slot.request.prefix), len(unique)) for slot in slots]
-        prefixes = list(unique)
-        lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)
-        room = int(lengths.max()) + max(slot.request.max_tokens for slot in slots) + 1
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        cache = _SlotCache(
-            self._buffer((config.num_hidden_layers, 2, len(slots), room, heads, head_dim)), len(prefixes)
-        )
-        starts = []
-        for row, prefix in enumerate(prefixes):
-            cached, pieces = self._cache.find(prefix[:-1])
-            if pieces:
-                cache.kv[:, :, row, :cached] = torch.cat(pieces, dim=2)
-            starts.append(cached)
-        width = max(len(prefix) - start for prefix, start in zip(prefixes, starts, strict=True))
-        ids = torch.zeros(len(prefixes), width, dtype=torch.long)
-        positions = torch.full((len(prefixes), width), room - 1)  # padding writes to the last slot, which nobody reads
-        for row, (prefix, start) in enumerate(zip(prefixes, starts, strict=True)):
-            ids[row, : len(prefix) - start] = torch.tensor(prefix[start:])
-            positions[row, : len(prefix) - start] = torch.arange(start, len(prefix))
-        last = lengths - torch.tensor(starts, device=device) - 1
-        logits = self._forward(cache, ids.to(device), positions.to(device), last)
-        for slot, row in zip(slots, index, strict=True):
-            slot.cached = starts[row]
-        if len(prefixes) < len(slots):
-            rows = torch.tensor(index, device=device)
-            cache.keep(rows)
-            lengths, logits = lengths[rows], logits[rows]
-        return cache, lengths, logits
+    def _step(self) -> None:
+        """One token more for everything under way."""
+        tokens, logprobs = self._batch.step()
+        done = []
+        for row, slot in enumerate(self._batch.slots):
+            if slot is not None and self._append(slot, tokens[row], logprobs[row]):
+                done.append(row)
+                self._complete.append(slot)
+        if done:
+            self._batch.drop(done)
 
-    def _buffer(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Memory for a batch's keys and values, reused from batch to batch: fresh pages cost more than the arithmetic.
-
-        What an earlier batch left in it is finite, so a masked position weighs exactly 0.
-        """
-        size = math.prod(shape)
-        if self._memory.numel() < size:
-            self._memory = torch.zeros(size, dtype=self.model.dtype, device=self.model.device)
-        return self._memory[:size].view(shape)
-
-    def _forward(
-        self, cache: _SlotCache, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Logits (rows, columns, vocabulary) at `positions` (rows, columns); of column `last` of each row if given."""
-        room = cache.kv.shape[3]
-        cache.positions = positions
-        real = positions.masked_fill(positions == room - 1, 0)
-        cache.visible = int(real.max()) + 1
-        sees = torch.arange(cache.visible, device=ids.device) <= real.unsqueeze(-1)
-        mask = torch.zeros(sees.shape, dtype=self.model.dtype, device=ids.device).masked_fill(~sees, float("-inf"))
-        hidden = self.model.base_model(
-            input_ids=ids, position_ids=real, attention_mask=mask.unsqueeze(1), past_key_values=cache, use_cache=True
-        ).last_hidden_state
-        if last is not None:
-            hidden = hidden[torch.arange(len(last), device=ids.device), last]
-        return self.model.get_output_embeddings()(hidden)
-
-    def _append(self, slot: _Slot, token: int, logprob: float) -> bool:
+    def _append(self, slot: Slot, token: int, logprob: float) -> bool:
         """Add a sampled token; True when the action is complete."""
-        if not np.isfinite(logprob):
+        if not math.isfinite(logprob):
             raise PolicyError(f"log-prob {logprob} of token {token}: the model's weights or logits are not finite")
         slot.tokens.append(token)
         slot.logprobs.append(logprob)
@@ -285,23 +185,11 @@ class TransformersPolicy:
                 return True
         return len(slot.tokens) >= slot.request.max_tokens
 
-    def _store(self, slot: _Slot, cache: _SlotCache, row: int) -> None:
-        """Remember the keys and values of prefix and action, all but the last token's, which were never computed."""
-        sequence = [*slot.request.prefix, *slot.tokens[:-1]]
-        self._cache.insert(sequence, cache.kv[:, :, row, slot.cached : len(sequence)], slot.cached)
+    def _finished(self) -> list[tuple[int, Completion]]:
+        """Hand over what is complete."""
+        complete, self._complete = self._complete, []
+        return [(slot.number, self._completion(slot)) for slot in complete]
 
-    def _completion(self, slot: _Slot) -> Completion:
+    def _completion(self, slot: Slot) -> Completion:
         shown = slot.tokens[:-1] if slot.finish == "eos" else slot.tokens
         return Completion(tuple(slot.tokens), tuple(slot.logprobs), self.tokenizer.decode(shown), slot.finish)
-
-
-def _draw(logits: torch.Tensor, temperatures: torch.Tensor, u: np.ndarray) -> tuple[torch.Tensor, list[float]]:
-    """One token per row by inversion of the distribution function, and its log-prob; greedy where temperature is 0."""
-    greedy = temperatures == 0
-    logprobs = torch.log_softmax(logits.float() / temperatures.masked_fill(greedy, 1.0), dim=-1)
-    cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)
-    threshold = torch.from_numpy(u).to(cdf.device).unsqueeze(1) * cdf[:, -1:]
-    drawn = torch.searchsorted(cdf, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
-    if bool(greedy.any()):
-        drawn = torch.where(greedy, logprobs.argmax(-1, keepdim=True), drawn)
-    return drawn.squeeze(1), logprobs.gather(1, drawn).squeeze(1).tolist()

@@ -141,13 +141,13 @@ def run_tree(model: PreTrainedModel, input_ids: torch.Tensor, tree: TokenTree) -
     if input_ids.device.type == "cpu":
         tree.layers = 0
         # A mask of four dimensions is taken as it is: this one, which fits nothing, keeps models from building theirs.
-        mask, given = torch.empty(1, 1, 0, 0), {"tree": tree}
+        given: dict[str, object] = {"attention_mask": torch.empty(1, 1, 0, 0), "tree": tree}
     else:
-        mask, given = _block_mask(tree, input_ids.device), {}
+        given = {"attention_mask": _block_mask(tree, input_ids.device)}
     hidden: torch.Tensor = model.base_model(
-        input_ids=input_ids, position_ids=positions, attention_mask=mask, use_cache=False, **given
+        input_ids=input_ids, position_ids=positions, use_cache=False, **given
     ).last_hidden_state
-    if given and tree.layers != model.config.num_hidden_layers:
+    if "tree" in given and tree.layers != model.config.num_hidden_layers:
         raise PolicyError(
             f"{tree.layers} of {model.config.num_hidden_layers} layers of {type(model).__name__} attended by the tree; "
             "use packing=rows"
