@@ -15,7 +15,7 @@ import itertools
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,23 +151,29 @@ def speed_table(policies: dict[str, Policy], stream: Iterator[int], options: Opt
 
 @contextmanager
 def engine_seconds() -> Iterator[list[float]]:
-    """Seconds spent in vLLM's own `generate`, in the one entry of the list."""
-    from vllm import LLM
+    """Seconds spent in vLLM's own `add_request` and `step`, in the one entry of the list."""
+    from vllm.v1.engine.llm_engine import LLMEngine
 
-    total, original = [0.0], LLM.generate
+    total = [0.0]
+    originals = {name: getattr(LLMEngine, name) for name in ("add_request", "step")}
 
-    def timed(*args: object, **kwargs: object) -> object:
-        started = time.perf_counter()
-        try:
-            return original(*args, **kwargs)
-        finally:
-            total[0] += time.perf_counter() - started
+    def timed(original: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            started = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                total[0] += time.perf_counter() - started
 
-    LLM.generate = timed
+        return call
+
+    for name, original in originals.items():
+        setattr(LLMEngine, name, timed(original))
     try:
         yield total
     finally:
-        LLM.generate = original
+        for name, original in originals.items():
+            setattr(LLMEngine, name, original)
 
 
 def sync_line(policy: Policy, model: PreTrainedModel) -> None:

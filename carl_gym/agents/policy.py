@@ -7,9 +7,9 @@ affair: nothing of it appears here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -80,6 +80,47 @@ class Policy(Protocol):
     def sync(self, weights: Mapping[str, object] | None = None) -> None:
         """Take over new weights (None: they were changed in place) and drop everything cached."""
         ...
+
+
+Exchange: TypeAlias = Callable[[list[tuple[int, Completion]], bool], list[tuple[int, SampleRequest]]]
+"""`exchange(finished, idle)`: what a streaming policy calls between its steps.
+
+It hands over what finished since the last call, by request number, and gets the requests that join now. A number is
+never given twice. With `idle` nothing is under way in the policy: the call then waits until there is a request, and
+returns [] when there will be none any more. Without it the call returns at once. What it raises must come out of
+`stream`.
+"""
+
+
+@runtime_checkable
+class StreamingPolicy(Policy, Protocol):
+    """A policy that takes requests while others are under way, so that none waits for the slowest of a batch."""
+
+    def stream(self, exchange: Exchange) -> None:
+        """Sample what `exchange` asks for, until it is idle and asked for nothing.
+
+        It calls `exchange` often (at least every few milliseconds, or after every token), from the caller's thread.
+        When anything is raised it abandons what is under way, and can be used again.
+
+        Raises:
+            PolicyError: as `sample`.
+        """
+        ...
+
+
+def sample_by_stream(policy: StreamingPolicy, requests: Sequence[SampleRequest]) -> list[Completion]:
+    """`Policy.sample` of a policy that streams: all requests join at the first exchange, and none later."""
+    answers: dict[int, Completion] = {}
+    waiting = list(enumerate(requests))
+
+    def exchange(finished: list[tuple[int, Completion]], idle: bool) -> list[tuple[int, SampleRequest]]:
+        nonlocal waiting
+        answers.update(finished)
+        joining, waiting = waiting, []
+        return joining
+
+    policy.stream(exchange)
+    return [answers[number] for number in range(len(requests))]
 
 
 class Transcript(Protocol):

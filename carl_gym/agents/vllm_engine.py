@@ -1,6 +1,6 @@
 """All that depends on vLLM's version, in one place: written for 0.32, on GPUs and on its CPU build.
 
-    engine in this process:   start_engine, generate, prompt_logprobs, load_weights, counters
+    engine in this process:   start_engine, stream, prompt_logprobs, load_weights, counters
     server (`vllm serve`):    SERVE_ENVIRONMENT, serve_arguments, and the paths and payloads of its HTTP interface
     both:                     sampling_parameters; WeightReceiver, which vLLM mixes into its workers
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from carl_gym.agents.policy import SampleRequest
 from carl_gym.errors import PolicyError
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, RequestOutput
 
 CPU_BLOCK = 32
 """Tokens of a cache block on CPUs: vLLM's default of 128 hides shorter shared prefixes, and it refuses 16."""
@@ -164,24 +164,50 @@ def sampling_parameters(request: SampleRequest, stop: Sequence[str], eos: Iterab
     }  # fmt: skip
 
 
-def generate(engine: LLM, requests: Sequence[SampleRequest], stop: Sequence[str], eos: Iterable[int]) -> list[Sampled]:
-    """Sample one action per request, in order. Raises PolicyError when a request was not finished."""
-    from vllm import SamplingParams
+def stream(
+    engine: LLM,
+    exchange: Callable[[list[tuple[int, Sampled]], bool], list[tuple[int, SampleRequest]]],
+    stop: Sequence[str],
+    eos: Iterable[int],
+) -> None:
+    """Sample what `exchange` asks for, as `policy.StreamingPolicy.stream` describes it: once a step of the engine.
 
-    outputs = engine.generate(
-        [{"prompt_token_ids": list(request.prefix)} for request in requests],
-        [SamplingParams(**sampling_parameters(request, stop, eos)) for request in requests],
-        use_tqdm=False,
-    )
-    sampled = []
-    for output in outputs:
-        choice = output.outputs[0]
-        if choice.finish_reason not in ("stop", "length") or choice.logprobs is None:
-            raise PolicyError(f"vLLM did not finish a request (finish reason {choice.finish_reason!r})")
-        logprobs = tuple(at[token].logprob for token, at in zip(choice.token_ids, choice.logprobs, strict=True))
-        versions = {span.version for span in choice.weight_versions or ()}
-        sampled.append(Sampled(tuple(choice.token_ids), logprobs, versions.pop() if len(versions) == 1 else None))
-    return sampled
+    Raises:
+        PolicyError: a request was not finished.
+    """
+    from vllm import SamplingParams
+    from vllm.inputs import tokens_input
+    from vllm.sampling_params import RequestOutputKind
+
+    core = engine.llm_engine
+    under_way: set[int] = set()
+    finished: list[tuple[int, Sampled]] = []
+    try:
+        while True:
+            joining = exchange(finished, not under_way)
+            if not (joining or under_way):
+                return
+            for number, request in joining:
+                parameters = SamplingParams(
+                    **sampling_parameters(request, stop, eos), output_kind=RequestOutputKind.FINAL_ONLY
+                )
+                core.add_request(str(number), tokens_input(list(request.prefix)), parameters)
+                under_way.add(number)
+            outputs = [output for output in core.step() if output.finished]
+            finished = [(int(output.request_id), _sampled(output)) for output in outputs]
+            under_way.difference_update(number for number, _ in finished)
+    finally:
+        if under_way:  # something was raised: what is under way would be sampled with the next requests
+            core.abort_request([str(number) for number in under_way])
+
+
+def _sampled(output: RequestOutput) -> Sampled:
+    choice = output.outputs[0]
+    if choice.finish_reason not in ("stop", "length") or choice.logprobs is None:
+        raise PolicyError(f"vLLM did not finish a request (finish reason {choice.finish_reason!r})")
+    logprobs = tuple(at[token].logprob for token, at in zip(choice.token_ids, choice.logprobs, strict=True))
+    versions = {span.version for span in choice.weight_versions or ()}
+    return Sampled(tuple(choice.token_ids), logprobs, versions.pop() if len(versions) == 1 else None)
 
 
 def prompt_logprobs(engine: LLM, sequences: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -12,7 +12,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from carl_gym.agents import vllm_engine
-from carl_gym.agents.policy import Completion, FinishReason, SampleRequest, check_requests
+from carl_gym.agents.policy import (
+    Completion,
+    Exchange,
+    FinishReason,
+    SampleRequest,
+    check_requests,
+    sample_by_stream,
+)
 from carl_gym.errors import PolicyError
 
 
@@ -82,17 +89,27 @@ class VllmPolicy:
                 of other weights than those of the last `sync`.
         """
         check_requests(requests, self.context)
-        sampled = vllm_engine.generate(self.engine, requests, self.stop, self._eos)
-        for one in sampled:
-            if one.weight_version != self._weights:
-                raise PolicyError(
-                    f"vLLM sampled with weights {one.weight_version!r}; the last that were handed over are "
-                    f"{self._weights!r}"
-                )
-        return [
-            completion(one, request, self.tokenizer, self.stop, self._eos)
-            for one, request in zip(sampled, requests, strict=True)
-        ]
+        return sample_by_stream(self, requests)
+
+    def stream(self, exchange: Exchange) -> None:
+        """Sample what `exchange` asks for; it is called once a step of the engine. Errors as `sample`."""
+        asked: dict[int, SampleRequest] = {}
+
+        def swap(sampled: list[tuple[int, vllm_engine.Sampled]], idle: bool) -> list[tuple[int, SampleRequest]]:
+            joining = exchange([(number, self._completion(one, asked.pop(number))) for number, one in sampled], idle)
+            check_requests([request for _, request in joining], self.context)
+            asked.update(joining)
+            return joining
+
+        vllm_engine.stream(self.engine, swap, self.stop, self._eos)
+
+    def _completion(self, sampled: vllm_engine.Sampled, request: SampleRequest) -> Completion:
+        if sampled.weight_version != self._weights:
+            raise PolicyError(
+                f"vLLM sampled with weights {sampled.weight_version!r}; the last that were handed over are "
+                f"{self._weights!r}"
+            )
+        return completion(sampled, request, self.tokenizer, self.stop, self._eos)
 
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probs (temperature 1) of each continuation's tokens after its prefix.

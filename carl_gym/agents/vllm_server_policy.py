@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import functools
 import hashlib
 import json
 import os
+import queue
 import threading
 import uuid
 import warnings
@@ -26,7 +28,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from carl_gym.agents import vllm_engine
-from carl_gym.agents.policy import Completion, SampleRequest, check_requests
+from carl_gym.agents.policy import Completion, Exchange, SampleRequest, check_requests, sample_by_stream
 from carl_gym.agents.vllm_policy import completion, joined
 from carl_gym.agents.weight_transfer import WeightTransfer
 from carl_gym.errors import PolicyError
@@ -41,6 +43,8 @@ _HEAD = 64
 """Requests that share so many tokens go to the same server, where their prefix is cached."""
 _SPARE = 1.25
 """A server gets at most this multiple of its fair share of what is in flight (Mirrokni et al., arXiv 1608.01350)."""
+_POLL = 0.002
+"""Seconds after which a stream asks for new requests even if no answer came: little beside an action over HTTP."""
 
 
 @dataclass(eq=False, slots=True)
@@ -115,7 +119,49 @@ class VllmServerPolicy:
                 one that keeps answering wrongly.
         """
         check_requests(requests, self.context)
-        return self._wait(self._all([self._sample(request) for request in requests]))
+        return sample_by_stream(self, requests)
+
+    def stream(self, exchange: Exchange) -> None:
+        """Sample what `exchange` asks for, which it is called for as soon as an answer is there, and every `_POLL`.
+
+        Raises:
+            PolicyError: as `sample`; the first request that fails ends the rest.
+        """
+        answers: queue.SimpleQueue[tuple[int, asyncio.Task[Completion]]] = queue.SimpleQueue()
+        under_way: set[asyncio.Task[Completion]] = set()  # of the loop's thread
+
+        def start(joining: Sequence[tuple[int, SampleRequest]]) -> None:
+            for number, request in joining:
+                task = self._loop.create_task(self._sample(request))
+                under_way.add(task)
+                task.add_done_callback(functools.partial(answered, number))
+
+        def answered(number: int, task: asyncio.Task[Completion]) -> None:
+            under_way.discard(task)
+            if not task.cancelled():
+                task.exception()  # noted: asyncio would complain of a second failure, which nobody asks for
+                answers.put((number, task))
+
+        def stop() -> None:
+            for task in under_way:
+                task.cancel()
+
+        waiting, finished = 0, list[tuple[int, Completion]]()
+        try:
+            while True:
+                self._require_open()
+                joining = exchange(finished, not waiting)
+                check_requests([request for _, request in joining], self.context)
+                waiting += len(joining)
+                if not waiting:
+                    return
+                if joining:
+                    self._loop.call_soon_threadsafe(start, joining)
+                finished = [(number, task.result()) for number, task in _take(answers, _POLL)]
+                waiting -= len(finished)
+        finally:
+            if waiting and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(stop)
 
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probs (temperature 1) of each continuation's tokens after its prefix. Raises PolicyError."""
@@ -164,15 +210,21 @@ class VllmServerPolicy:
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of work on the policy's own loop, whatever thread or loop the caller is in."""
-        if self._loop.is_closed() or os.getpid() != self._process:
+        try:
+            self._require_open()
+        except PolicyError:
             work.close()
-            raise PolicyError("the policy was closed, or its process was forked; make a new one")
+            raise
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
+
+    def _require_open(self) -> None:
+        if self._loop.is_closed() or os.getpid() != self._process:
+            raise PolicyError("the policy was closed, or its process was forked; make a new one")
 
     @staticmethod
     async def _all(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
@@ -194,9 +246,10 @@ class VllmServerPolicy:
         await self._until_up()
 
     async def _disconnect(self) -> None:
-        for server in self._servers:
-            if server.repair is not None:
-                server.repair.cancel()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
 
@@ -350,3 +403,14 @@ class VllmServerPolicy:
                     response.request_info, response.history, status=response.status, message=text
                 )
             return await response.json(content_type=None)
+
+
+def _take(answers: queue.SimpleQueue[T], seconds: float) -> list[T]:
+    """All that is in the queue; where that is nothing, what comes within so many seconds. No other thread takes."""
+    try:
+        found = [answers.get(timeout=seconds)]
+    except queue.Empty:
+        return []
+    while not answers.empty():
+        found.append(answers.get_nowait())
+    return found

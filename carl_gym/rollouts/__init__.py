@@ -1,6 +1,6 @@
 """From questions to rollout trees: what a tree is, what to roll out next, and the batched collector."""
 
-from carl_gym.rollouts.collector import EnvTask, Timings, collect
+from carl_gym.rollouts.collector import EnvTask, Schedule, Timings, collect
 from carl_gym.rollouts.explorers import EntropyForking, Explorer, RandomForking, RootExplorer
 from carl_gym.rollouts.tree import Node, RolloutTree
 
@@ -12,6 +12,7 @@ __all__ = [
     "RandomForking",
     "RolloutTree",
     "RootExplorer",
+    "Schedule",
     "Timings",
     "collect",
 ]
