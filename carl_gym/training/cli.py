@@ -14,6 +14,7 @@ from rich.table import Table
 from carl_gym.console import hide_model_bars, progress_bar, run_command, show_warnings
 from carl_gym.errors import DataError
 from carl_gym.training.config import TrainConfig
+from carl_gym.training.profile_report import TABLE_FILE, TRACE_FILE
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Options(TrainConfig):
 
     compare: tuple[Path, ...] = ()
     """Results of other runs (summary.json) to show beside this one's."""
+    profile: bool = False
+    """Leave behind where the time went: a table, profile.md, and a trace that Perfetto opens, trace.json."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,7 +41,7 @@ def run(options: Options) -> None:
     from carl_gym.training.trainer import Trainer  # imports torch, which --help should not wait for
 
     hide_model_bars()
-    trainer = Trainer(config)
+    trainer = Trainer(config, profile=options.profile)
     console.print(
         f"[bold]{config.algorithm}[/] trains agent [bold]{config.agent}[/] on {trainer.task.source}; "
         f"evaluation: {len(trainer.eval_questions)} questions of {trainer.eval_task.source}",
@@ -52,11 +55,12 @@ def run(options: Options) -> None:
             bar.update(job, completed=int(metrics["step"]))
             console.print(step_line(metrics), highlight=False, soft_wrap=True)
     console.print(result_table([*stored, trainer.summary()]))
-    console.print(
-        f"checkpoint, metrics and figures: {config.output_dir}\ntracking: {trainer.tracker.ui_command}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    places = [f"checkpoint, metrics and figures: {config.output_dir}", f"tracking: {trainer.tracker.ui_command}"]
+    if trainer.profiler.steps:
+        places.append(
+            f"profile: {config.output_dir / TABLE_FILE}; open {config.output_dir / TRACE_FILE} at https://ui.perfetto.dev"
+        )
+    console.print("\n".join(places), highlight=False, soft_wrap=True)
 
 
 def step_line(metrics: Mapping[str, float]) -> str:

@@ -13,6 +13,7 @@ from typing import Literal
 from carl_gym.algorithms import Algorithm, get_algorithm
 from carl_gym.errors import ConfigError
 from carl_gym.files import write_json
+from carl_gym.rollouts import Schedule
 
 CONFIG_FILE = "config.json"
 MAY_CHANGE = ("resume", "threads", "tracking_uri", "urls", "weights_dir")
@@ -65,8 +66,14 @@ class TrainConfig:
     """AdamW's, constant."""
     temperature: float = 1.0
     """Of sampling in training and in sampled evaluation."""
+    schedule: Schedule = "ticks"
+    """How training rollouts run: ticks repeats a run bit for bit; async lets every trajectory go on by itself, with
+    backends that can."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
+    packing: Literal["tree", "rows"] = "tree"
+    """tree takes what the rollouts of a question share through the model once; rows repeats it, for models whose
+    attention has no form for trees."""
     batch_tokens: int = 8192
     """Most tokens of a micro-batch in the update."""
     train_questions: int = 2000

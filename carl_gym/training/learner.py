@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -15,10 +14,8 @@ from carl_gym.agents.logprob_model import LogprobModel
 from carl_gym.agents.tree_attention import tree_attention
 from carl_gym.errors import CarlGymError
 from carl_gym.training.loss import ppo_clip
-from carl_gym.training.packing import packs, padded, unique_tokens
+from carl_gym.training.packing import Packing, packs, padded, unique_tokens
 from carl_gym.training.segments import Row
-
-Packing = Literal["tree", "rows"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 import torch
 
 from carl_gym.agents.tree_attention import TokenTree
 from carl_gym.training.segments import Row
+
+Packing = Literal["tree", "rows"]
 
 PACK_COST = 64
 """What a pack costs beside its tokens, in tokens: of two ways to cut that repeat as much, fewer packs win."""
@@ -74,14 +77,17 @@ def _padded(rows: Sequence[Row]) -> Batch:
         tokens[index, : len(row.tokens)] = row.tokens
     numbers = np.repeat(np.arange(len(rows)), [len(row.positions) for row in rows])
     columns = np.concatenate([row.positions for row in rows])
-    return Batch(tokens, numbers, columns, *_trained(rows), tree=None)
+    return _batch(tokens, numbers, columns, rows, None)
 
 
-def _trained(rows: Sequence[Row]) -> tuple[np.ndarray, ...]:
-    """Targets, log-probs, advantages and weights of all rows."""
-    targets = [row.tokens[row.positions] for row in rows]
-    others = ([getattr(row, name) for row in rows] for name in ("logprobs", "advantages", "weights"))
-    return tuple(np.concatenate(arrays) for arrays in (targets, *others))
+def _batch(
+    tokens: np.ndarray, numbers: np.ndarray, columns: np.ndarray, rows: Sequence[Row], tree: TokenTree | None
+) -> Batch:
+    targets = np.concatenate([row.tokens[row.positions] for row in rows])
+    logprobs, advantages, weights = (
+        np.concatenate([getattr(row, name) for row in rows]) for name in ("logprobs", "advantages", "weights")
+    )
+    return Batch(tokens, numbers, columns, targets, logprobs, advantages, weights, tree)
 
 
 def packs(rows: Sequence[Row], most_tokens: int) -> list[Batch]:
@@ -155,4 +161,4 @@ def _pack(rows: Sequence[Row], shared: np.ndarray) -> Batch:
     ends[path[:length]] = size
     found = np.concatenate(columns)
     tree = TokenTree(np.concatenate(depths), ends[:size])
-    return Batch(np.concatenate(tokens)[None], np.zeros_like(found), found, *_trained(rows), tree=tree)
+    return _batch(np.concatenate(tokens)[None], np.zeros_like(found), found, rows, tree)

@@ -11,6 +11,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -26,14 +27,17 @@ from carl_gym.envs.task import SearchTask
 from carl_gym.errors import ConfigError
 from carl_gym.evaluation import Evaluation, evaluate, held_out_first
 from carl_gym.files import write_json
-from carl_gym.rollouts.collector import Timings, collect
+from carl_gym.rollouts.collector import Timings, check_schedule, collect
 from carl_gym.rollouts.tree import RolloutTree
 from carl_gym.tracking.curves import learning_curve
 from carl_gym.tracking.mlflow_tracker import MlflowTracker
 from carl_gym.tracking.tree_figure import draw_tree
 from carl_gym.training.checkpoints import Progress, checkpoints, load_checkpoint, save_checkpoint
-from carl_gym.training.config import TrainConfig, check_output_dir, claim_output_dir
+from carl_gym.training.config import MAY_CHANGE, TrainConfig, check_output_dir, claim_output_dir
+from carl_gym.training.instruments import instrumented
 from carl_gym.training.learner import Learner, UpdateMetrics
+from carl_gym.training.profile_report import write_profile
+from carl_gym.training.profiler import Profiler
 from carl_gym.training.segments import rows, segments
 
 METRICS_FILE = "metrics.jsonl"
@@ -53,11 +57,16 @@ class CreditedTree:
 class Trainer:
     """One training run. Construct it, then iterate over `run()` to the end.
 
+    Args:
+        config: what to do.
+        profile: measure where the time goes, and leave a table and a trace of it in the output directory. The results
+            are the same.
+
     Raises:
         CarlGymError: the configuration, agent, data or output directory cannot be used; nothing was written then.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, *, profile: bool = False) -> None:
         self.config = config
         check_output_dir(config)
         if config.threads:
@@ -79,6 +88,7 @@ class Trainer:
                 f"agent {config.agent!r} is hosted (backend {self.agent.card.backend}) and has no weights here to "
                 "train; evaluate it with scripts/evaluate.py, or train a model folder or hub id"
             )
+        check_schedule(config.schedule, self.agent.policy)
         if config.canary_tolerance is not None and self.agent.shares_weights:
             raise ConfigError(
                 "canary_tolerance is for vLLM; with backend transformers sampler and learner are one model"
@@ -88,9 +98,12 @@ class Trainer:
             learning_rate=config.learning_rate,
             temperature=config.temperature,
             max_grad_norm=config.max_grad_norm,
+            packing=config.packing,
             batch_tokens=config.batch_tokens,
             autocast=torch.bfloat16 if config.bf16 else None,
         )
+        on_gpu = self.agent.model.device.type == "cuda"
+        self.profiler = Profiler(profile, synchronize=torch.cuda.synchronize if on_gpu else None)
         self.progress = load_checkpoint(saved[-1], self.agent, self.learner) if saved else Progress()
         self.canary = None if self.agent.shares_weights else self._canary()
         self.tracker = self._tracker()
@@ -102,20 +115,41 @@ class Trainer:
 
         Step 0 is the evaluation before training. Leaves metrics, figures, checkpoints and a summary behind.
         """
-        with self.tracker:
+        with self.tracker, self._profiled():
             if not self.history:
-                yield self._log({"step": 0, **self._evaluate()})
-            while not self._done():
-                metrics = self._train_step(self.progress.step + 1)
-                if self.progress.step % self.config.eval_every == 0 or self._done():
-                    metrics |= self._evaluate()
-                logged = self._log(metrics)
-                if self.progress.step % self.config.save_every == 0 or self._done():
-                    save_checkpoint(
-                        self.config.output_dir, self.progress, self.agent, self.learner, self.tracker.run_id
-                    )
+                with self.profiler.step(0):
+                    logged = self._log({"step": 0, **self._evaluate()})
                 yield logged
-            self._finish()
+            while not self._done():
+                with self.profiler.step(self.progress.step + 1):
+                    logged = self._step()
+                yield logged
+            with self.profiler.span("figures and artifacts"):
+                self._finish()
+
+    @contextmanager
+    def _profiled(self) -> Iterator[None]:
+        """Measure while it lasts, where that is asked for; the profile is written even when the run breaks off."""
+        self.profiler.start()
+        try:
+            with instrumented(self.profiler, self.agent, (self.task, self.eval_task), self.learner):
+                yield
+        finally:
+            if self.profiler.steps:
+                title = f"Where the time of {self.algorithm.name} went, up to step {self.progress.step}"
+                for path in write_profile(self.profiler, self.config.output_dir, title):
+                    self.tracker.log_artifact(path)
+
+    def _step(self) -> dict[str, float]:
+        """A training step, with evaluation and checkpoint where they are due."""
+        metrics = self._train_step(self.progress.step + 1)
+        if self.progress.step % self.config.eval_every == 0 or self._done():
+            metrics |= self._evaluate()
+        logged = self._log(metrics)
+        if self.progress.step % self.config.save_every == 0 or self._done():
+            with self.profiler.span("checkpoint"):
+                save_checkpoint(self.config.output_dir, self.progress, self.agent, self.learner, self.tracker.run_id)
+        return logged
 
     def _done(self) -> bool:
         budget = self.config.max_actions
@@ -125,27 +159,31 @@ class Trainer:
     def _train_step(self, step: int) -> dict[str, float]:
         timings, started = Timings(), time.perf_counter()
         questions = take_questions(self.questions, step - 1, self.config.questions_per_step, self.config.seed)
-        trees = collect(
-            self.task,
-            self.agent.policy,
-            self.agent.transcript,
-            questions,
-            self.algorithm.explorer,
-            seed=self.config.seed,
-            step=step,
-            temperature=self.config.temperature,
-            timings=timings,
-        )
+        with self.profiler.span("rollout"):
+            trees = collect(
+                self.task,
+                self.agent.policy,
+                self.agent.transcript,
+                questions,
+                self.algorithm.explorer,
+                seed=self.config.seed,
+                step=step,
+                temperature=self.config.temperature,
+                timings=timings,
+                schedule=self.config.schedule,
+            )
         collected = time.perf_counter()
-        credited = [
-            CreditedTree(*parts)
-            for parts in zip(trees, self.algorithm.credit(trees), self.algorithm.selection(trees), strict=True)
-        ]
+        with self.profiler.span("credit and selection"):
+            credited = [
+                CreditedTree(*parts)
+                for parts in zip(trees, self.algorithm.credit(trees), self.algorithm.selection(trees), strict=True)
+            ]
         cuts = [len(credited) * i // self.config.minibatches for i in range(self.config.minibatches + 1)]
-        with self.agent.resting():
+        with self.profiler.span("update"), self.agent.resting():
             updates = [self._update(credited[start:end]) for start, end in itertools.pairwise(cuts)]
         updated = time.perf_counter()
-        gap = self._sync()
+        with self.profiler.span("sync"):
+            gap = self._sync()
         ended = time.perf_counter()
         self.last_tree = max(credited, key=lambda c: (np.ptp(c.advantages) > 0, c.tree.question.id))
         generated = sum(tree.actions_generated for tree in trees)
@@ -202,7 +240,8 @@ class Trainer:
         found: dict[str, float] = {}
         for name, temperature in (("sampled", self.config.temperature), ("greedy", 0.0)):
             if self.eval_questions:
-                found |= self._play(temperature).metrics(f"eval/{name}")
+                with self.profiler.span("evaluation"):
+                    found |= self._play(temperature).metrics(f"eval/{name}")
         if self.agent.shares_weights:
             # The next step must not meet what evaluation left in the cache: a resumed run does not have it. (With an
             # engine of its own no run is repeated bit for bit, and a sync costs more.)
@@ -224,10 +263,11 @@ class Trainer:
         step = int(metrics["step"])
         metrics = asdict(self.progress) | metrics
         self.history.append(metrics)
-        # MLflow first: after a kill, a step that only MLflow knows of is done again; step 0 of the file would not be.
-        self.tracker.log_step(step, {name: value for name, value in metrics.items() if name != "step"})
-        with (self.config.output_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        with self.profiler.span("logging"):
+            # MLflow first: after a kill, a step that only MLflow has is done again; step 0 of the file would not be.
+            self.tracker.log_step(step, {name: value for name, value in metrics.items() if name != "step"})
+            with (self.config.output_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
         return metrics
 
     def _kept_history(self) -> list[dict[str, float]]:
@@ -252,7 +292,7 @@ class Trainer:
         config, path = self.config, self.config.output_dir / RUN_FILE
         known = json.loads(path.read_text(encoding="utf-8"))["run_id"] if path.is_file() else None
         cards = {"env_card": asdict(self.task.card), "agent_card": asdict(self.agent.card) | {"model": config.agent}}
-        options = {k: v for k, v in config.as_dict().items() if k not in ("resume", "threads", "tracking_uri")}
+        options = {k: v for k, v in config.as_dict().items() if k not in MAY_CHANGE}
         tracker = MlflowTracker(
             config.tracking_uri,
             config.experiment,
@@ -376,5 +416,6 @@ def update_metrics(updates: Sequence[UpdateMetrics | None]) -> dict[str, float]:
         found["update/logprob_gap"] = done[0].gap
         for name in ("loss", "clip_fraction", "entropy", "grad_norm"):
             found[f"update/{name}"] = float(np.mean([getattr(update, name) for update in done]))
-        found["update/tokens"] = float(sum(update.tokens for update in done))
+        for name in ("tokens", "needed"):
+            found[f"update/{name}"] = float(sum(getattr(update, name) for update in done))
     return found
