@@ -13,6 +13,7 @@ without that. Times are CPU times of the thread, the best of several. What canno
 import copy
 import os
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from statistics import median
 from types import SimpleNamespace
@@ -185,4 +186,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args()
     main()
