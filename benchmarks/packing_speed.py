@@ -87,7 +87,8 @@ def main(options: Options) -> None:
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
     if "trees" in options.parts:
-        print(f"{options.questions} MiniWiki and {options.long_questions} HotpotQA questions, N = 16.")
+        where = "given data" if options.data_dir else "the package's small set"
+        print(f"{options.questions} questions of MiniWiki, {options.long_questions} of HotpotQA ({where}), N = 16.")
         for title, model, trees in (*miniwiki(options), *hotpot(options, (1, 8), 16, 10)):
             print(f"\n### {title}\n")
             compare(model, trees, options)
@@ -262,7 +263,8 @@ def hotpot(
         shape = {"initial": initial, "forks": forks}
         trees = grow(task, policy, transcript, "carl", options.long_questions, shape)
         size = sum(p.numel() for p in model.parameters())
-        found.append((f"HotpotQA ({task.source}), N0 = {initial}, {size:,} parameters", model, trees))
+        kind = "CARL-Lite (N0 = 1)" if initial == 1 else f"CARL (N0 = {initial})"
+        found.append((f"HotpotQA, {kind}, random Llama of {size:,} parameters", model, trees))
     return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from carl_gym.errors import ConfigError, RetrievalError
@@ -42,6 +42,20 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     kernel = bm25._kernel() if request.param == "kernel" else None
     monkeypatch.setattr(bm25, "_kernel_for", lambda work: kernel)
     return str(request.param)
+
+
+@pytest.fixture(params=["exact", "coarse first"])
+def compiled(request: pytest.FixtureRequest) -> Callable[[pytest.MonkeyPatch], None]:
+    """Switches to either compiled search, whatever the sizes."""
+    pytest.importorskip("numba", reason="the compiled search needs carl-gym[fast]")
+
+    def switch(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(bm25, "_kernel_for", lambda work: bm25._kernel())
+        if request.param == "coarse first":
+            patch.setattr(bm25, "COLUMNS_FROM", 0)
+            patch.setattr(bm25, "COLUMNS_K", 0)
+
+    return switch
 
 
 def corpus_of(texts: list[str]) -> Corpus:
@@ -108,23 +122,29 @@ def test_a_corpus_of_stop_words_can_be_searched(tmp_path: Path, path: str) -> No
     assert BM25.load(save(retriever, tmp_path / "i"), retriever.corpus).search(["the cat"], 3).ids == [[]]
 
 
-@settings(max_examples=60, deadline=None)
-@given(passage_texts, st.lists(st.text("abcde ", max_size=12), min_size=1, max_size=5), st.integers(1, 40))
-def test_the_compiled_search_equals_numpy_to_the_bit(texts: list[str], queries: list[str], k: int) -> None:
-    pytest.importorskip("numba", reason="the compiled search needs carl-gym[fast]")
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=passage_texts,
+    queries=st.lists(st.text("abcde ", max_size=12), min_size=1, max_size=5),
+    k=st.integers(1, 40),
+)
+def test_the_compiled_search_equals_numpy_to_the_bit(
+    compiled: Callable[[pytest.MonkeyPatch], None], texts: list[str], queries: list[str], k: int
+) -> None:
     retriever = BM25(corpus_of(texts))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bm25, "_kernel_for", lambda work: None)
         expected = retriever.search(queries, k)
-        patch.setattr(bm25, "_kernel_for", lambda work: bm25._kernel())
+        compiled(patch)
         assert retriever.search(queries, k) == expected
 
 
 @pytest.mark.parametrize("k", [1, 5, 100, 2000, 5000])
 @pytest.mark.parametrize("distinct", [40, 2000])
-def test_common_terms_ties_and_repetitions_change_nothing_for_the_compiled_search(distinct: int, k: int) -> None:
+def test_common_terms_ties_and_repetitions_change_nothing_for_the_compiled_search(
+    compiled: Callable[[pytest.MonkeyPatch], None], distinct: int, k: int
+) -> None:
     """Words from everywhere to nowhere; with 40 distinct passages there are 50 of each, so every place is tied for."""
-    pytest.importorskip("numba", reason="the compiled search needs carl-gym[fast]")
     rng = np.random.default_rng(distinct)
     share = 1 / np.arange(1, 301) ** 1.2
     texts = [" ".join(f"w{i}" for i in rng.choice(300, 20, p=share / share.sum())) for _ in range(distinct)]
@@ -134,10 +154,45 @@ def test_common_terms_ties_and_repetitions_change_nothing_for_the_compiled_searc
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bm25, "_kernel_for", lambda work: None)
         expected = retriever.search(queries, k)
-        patch.setattr(bm25, "_kernel_for", lambda work: bm25._kernel())
+        compiled(patch)
         for _ in range(2):  # again with what it remembers of the terms
             assert retriever.search(queries, k) == expected
     assert any(len(ids) == min(k, 2000) for ids in expected.ids) and expected.ids[-2:] == [[], []]
+
+
+def test_coarse_scores_are_never_too_low_and_at_most_a_step_per_term_too_high() -> None:
+    pytest.importorskip("numba", reason="the compiled search needs carl-gym[fast]")
+    from carl_gym.retrieval import bm25_columns
+
+    rng = np.random.default_rng(0)
+    retriever = BM25(corpus_of([" ".join(f"w{i}" for i in rng.geometric(0.1, 12)) for _ in range(1000)]))
+    data, indices, indptr, _ = retriever._index
+    columns = bm25_columns.make_columns(data, indices, indptr, 1000)
+    common = np.flatnonzero(columns.slots >= 0)
+    assert 5 < len(common) < len(indptr) - 1
+    for term in common:
+        of_term = slice(indptr[term], indptr[term + 1])
+        steps = columns.steps[columns.slots[term]]
+        over = steps[indices[of_term]] - data[of_term] * columns.scale
+        assert (over > -1e-3).all() and (over < 1 + 1e-3).all() and np.count_nonzero(steps) == len(over)
+    assert not columns.steps[-1].any()
+
+
+def test_a_query_of_more_terms_than_coarse_scores_hold_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba", reason="the compiled search needs carl-gym[fast]")
+    retriever = BM25(corpus_of([f"w{i} w{i % 7} w{i % 3}" for i in range(200)]))
+    query = " ".join(f"w{i % 9}" for i in range(5000))
+    monkeypatch.setattr(bm25, "_kernel_for", lambda work: None)
+    expected = retriever.search([query, "w3"], 10)
+    monkeypatch.setattr(bm25, "_kernel_for", lambda work: bm25._kernel())
+    monkeypatch.setattr(bm25, "COLUMNS_FROM", 0)
+    assert retriever.search([query, "w3"], 10) == expected
+
+
+def test_titles_count_as_often_as_the_settings_say() -> None:
+    corpus = Corpus([Passage("text", "Other", "cats cats"), Passage("title", "Cats", "other other")])
+    best = {n: BM25(corpus, BM25Settings(title_weight=n)).search(["cats"], 1).ids for n in (1, 3)}
+    assert best == {1: [["text"]], 3: [["title"]]}
 
 
 @settings(max_examples=30, deadline=None)
@@ -236,7 +291,9 @@ def test_a_loaded_index_is_mapped_and_finds_the_same(animals: Corpus, tmp_path: 
     loaded = BM25.load(save(built, tmp_path / "i"), animals)
     assert loaded.search(QUERIES, 5) == built.search(QUERIES, 5)
     assert isinstance(loaded._index.data.base, np.memmap)
-    assert loaded.describe() == built.describe() == {"retriever": "BM25", "k1": 0.9, "b": 0.4}
+    assert loaded.describe() == built.describe() == {
+        "retriever": "BM25", "k1": 0.9, "b": 0.4, "title_weight": 1,
+    }  # fmt: skip
 
 
 def test_files_that_do_not_fit_are_refused(animals: Corpus, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_unknown_and_nested_parts_are_refused() -> None:
         Hybrid.build(CORPUS, HybridSettings(parts=("bm25", "hybrid")))
 
 
-@pytest.mark.parametrize("name", ["minilm", "hybrid", "e5-flat", "e5-hnsw", "e5-ivfpq"])
+@pytest.mark.parametrize("name", ["bm25-titles", "minilm", "hybrid", "e5-flat", "e5-hnsw", "e5-ivfpq"])
 def test_shipped_recipes_are_valid(name: str) -> None:
     card = load_card("retrieval_index", name, IndexCard)
     assert name in list_cards("retrieval_index") and card.id == name

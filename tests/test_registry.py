@@ -81,7 +81,9 @@ def test_the_manifest_says_what_the_index_is(animals: Corpus, cache: Path) -> No
     (folder,) = indexes(cache)
     manifest = verify_index(folder)
     assert manifest == read_manifest(folder) == json.loads((folder / "manifest.json").read_text())
-    assert manifest["kind"] == "bm25" and manifest["settings"] == {"k1": 1.2, "b": 0.75}
+    assert manifest["kind"] == "bm25" and manifest["settings"] == {
+        "k1": 1.2, "b": 0.75, "title_weight": 1,
+    }  # fmt: skip
     assert manifest["corpus"] == {"fingerprint": animals.fingerprint, "passages": 3}
     assert "bm25s" in manifest["libraries"]
     files = {path.relative_to(folder / "index").as_posix() for path in (folder / "index").rglob("*") if path.is_file()}

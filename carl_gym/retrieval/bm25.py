@@ -30,6 +30,8 @@ from carl_gym.retrieval.retriever import Progress, Retriever, SearchResults, che
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from carl_gym.retrieval.bm25_columns import Columns
+
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -42,6 +44,11 @@ KERNEL_WORK = 100_000
 """The compiled kernel is imported where queries x passages reach this: below, it would never pay."""
 
 
+COLUMNS_FROM = 40_000
+COLUMNS_K = 2000
+"""From how many passages on, and for how many results at most (one in so many passages), coarse scores come first."""
+
+
 @dataclass(frozen=True, slots=True)
 class BM25Settings:
     """What a BM25 recipe may set.
@@ -49,10 +56,12 @@ class BM25Settings:
     Attributes:
         k1: how slowly a repeated term saturates.
         b: how strongly long passages are discounted.
+        title_weight: how often a passage's title counts, beside its text.
     """
 
     k1: float = bounded(0.0, 10.0, 0.9)
     b: float = bounded(0.0, 1.0, 0.4)
+    title_weight: int = bounded(1, 10, 1)
 
 
 class Index(NamedTuple):
@@ -96,6 +105,7 @@ class BM25(Retriever):
         self._ids = corpus.ids
         self._encode = QueryEncoder(self._index.vocabulary)
         self._highest = np.zeros(len(self._index.vocabulary), np.float32)  # filled in by the compiled search
+        self._columns: Columns | None = None
 
     @classmethod
     def build(
@@ -167,13 +177,36 @@ class BM25(Retriever):
         k = min(k, passages)
         if not self._is_sound:
             self._check()
-        rows, scores, counts = kernel.search(*self._index[:3], self._highest, passages, terms, offsets, k)
+        rows, scores, counts = self._found(kernel, terms, offsets, k)
         sizes = counts.tolist()
         ids = list(map(self._ids.__getitem__, rows.ravel().tolist()))
         return SearchResults(
             [ids[start : start + size] for start, size in zip(range(0, len(ids), k), sizes, strict=True)],
             [row[:size] for row, size in zip(scores.tolist(), sizes, strict=True)],
         )
+
+    def _found(self, kernel: ModuleType, terms: Longs, offsets: Longs, k: int) -> tuple[Longs, Floats, Longs]:
+        """What the kernel's search returns, by way of coarse scores where that is faster: in large corpora."""
+        passages, matrix = len(self._ids), self._index[:3]
+
+        def exact(terms: Longs, offsets: Longs) -> tuple[Longs, Floats, Longs]:
+            found: tuple[Longs, Floats, Longs] = kernel.search(*matrix, self._highest, passages, terms, offsets, k)
+            return found
+
+        if passages < COLUMNS_FROM or k * COLUMNS_K > passages:
+            return exact(terms, offsets)
+        from carl_gym.retrieval import bm25_columns
+
+        columns = self._columns
+        if columns is None:  # two threads may both make them: they are equal
+            columns = self._columns = bm25_columns.make_columns(*matrix, passages)
+        if np.diff(offsets).max(initial=0) > columns.longest:
+            return exact(terms, offsets)
+        rows, scores, counts = bm25_columns.search(*matrix, columns, passages, terms, offsets, k)
+        for q in np.flatnonzero(counts < 0).tolist():
+            again = exact(terms[offsets[q] : offsets[q + 1]], offsets[q : q + 2] - offsets[q])
+            rows[q], scores[q], counts[q] = (values[0] for values in again)
+        return rows, scores, counts
 
     def _check(self) -> None:
         """Look once through what was loaded: compiled code checks no bounds, and a wrong row could end the process."""
@@ -211,11 +244,11 @@ def build_index(corpus: Corpus, settings: BM25Settings, work: Path | None = None
 
     Args:
         corpus: read once, in order.
-        settings: k1 and b.
+        settings: k1, b, and how much titles count.
         work: where parts are kept (see `Retriever.build`); None keeps them in memory.
         progress: told the passages counted, then the terms scored.
     """
-    parts, vocabulary = _count(corpus, work, progress)
+    parts, vocabulary = _count(corpus, settings.title_weight, work, progress)
     terms = len(vocabulary)
     frequency = np.zeros(terms, np.int64)
     for part in parts:
@@ -253,7 +286,9 @@ class _Part(NamedTuple):
     lengths: Ints
 
 
-def _count(corpus: Corpus, work: Path | None, progress: Progress) -> tuple[list[_Part], dict[str, int]]:
+def _count(
+    corpus: Corpus, title_weight: int, work: Path | None, progress: Progress
+) -> tuple[list[_Part], dict[str, int]]:
     vocabulary: dict[str, int] = {}
     parts: list[_Part] = []
     if work is not None:
@@ -270,7 +305,7 @@ def _count(corpus: Corpus, work: Path | None, progress: Progress) -> tuple[list[
                 vocabulary[term] = len(vocabulary)
     done, total = sum(len(part.lengths) for part in parts), len(corpus)
     known = len(vocabulary)
-    for tokens, lengths in _encode(corpus, vocabulary, done):
+    for tokens, lengths in _encode(corpus, title_weight, vocabulary, done):
         row = np.repeat(np.arange(done, done + len(lengths), dtype=np.int64), lengths)
         keys, counts = np.unique((tokens.astype(np.int64) << 32 | row)[tokens >= 0], return_counts=True)
         words = np.bincount(row[tokens >= 0] - done, minlength=len(lengths))  # without stop words
@@ -286,7 +321,9 @@ def _count(corpus: Corpus, work: Path | None, progress: Progress) -> tuple[list[
     return parts, vocabulary
 
 
-def _encode(corpus: Corpus, vocabulary: dict[str, int], skip: int) -> Iterator[tuple[Ints, list[int]]]:
+def _encode(
+    corpus: Corpus, title_weight: int, vocabulary: dict[str, int], skip: int
+) -> Iterator[tuple[Ints, list[int]]]:
     """Term numbers (-1: stop word) and lengths of the passages after the first `skip`, part by part."""
     encode = Encoder(vocabulary)
     tokens: list[Ints] = []
@@ -295,7 +332,7 @@ def _encode(corpus: Corpus, vocabulary: dict[str, int], skip: int) -> Iterator[t
     for row, passage in enumerate(corpus):
         if row < skip:
             continue
-        tokens.append(np.array(encode(f"{passage.title} {passage.text}"), np.int32))
+        tokens.append(np.array(encode(f"{f'{passage.title} ' * title_weight}{passage.text}"), np.int32))
         lengths.append(len(tokens[-1]))
         size += lengths[-1]
         if size >= PART_TOKENS:

@@ -18,9 +18,10 @@ F = TypeVar("F", bound=Callable[..., object])
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+Score = float | np.float32
 
 
-def _compiled(function: F) -> F:
+def compiled(function: F) -> F:
     """Compile on the first call; once per machine where numba finds a folder for its cache."""
     try:
         return cast(F, njit(cache=True, nogil=True)(function))
@@ -28,14 +29,14 @@ def _compiled(function: F) -> F:
         return cast(F, njit(nogil=True)(function))
 
 
-@_compiled
-def _worse(score: float, row: int, other_score: float, other_row: int) -> bool:
+@compiled
+def _worse(score: Score, row: int, other_score: Score, other_row: int) -> bool | np.bool:
     """Whether a passage ranks after another: by a lower score, or by its place in the corpus."""
     return score < other_score or (score == other_score and row > other_row)
 
 
-@_compiled
-def _sift_down(scores: Floats, rows: Longs, size: int) -> None:
+@compiled
+def sift_down(scores: Floats, rows: Longs, size: int) -> None:
     """Restore the heap (worst passage first) after its first entry was replaced."""
     i = 0
     while True:
@@ -50,13 +51,13 @@ def _sift_down(scores: Floats, rows: Longs, size: int) -> None:
         i = worst
 
 
-@_compiled
-def _offer(scores: Floats, rows: Longs, size: int, score: float, row: int) -> int:
+@compiled
+def offer(scores: Floats, rows: Longs, size: int, score: Score, row: int) -> int:
     """Put an entry into the heap where there is room or it is better than the worst one. Returns the heap's size."""
     if size == len(scores):
         if _worse(scores[0], rows[0], score, row):
             scores[0], rows[0] = score, row
-            _sift_down(scores, rows, size)
+            sift_down(scores, rows, size)
         return size
     i = size
     while i > 0 and _worse(score, row, scores[(i - 1) // 2], rows[(i - 1) // 2]):
@@ -66,7 +67,7 @@ def _offer(scores: Floats, rows: Longs, size: int, score: float, row: int) -> in
     return size + 1
 
 
-@_compiled
+@compiled
 def search(
     data: Floats, indices: Ints, indptr: Longs, highest: Floats, passages: int, terms: Longs, offsets: Longs, k: int
 ) -> tuple[Longs, Floats, Longs]:
@@ -119,7 +120,7 @@ def search(
             if ends[t] - starts[t] >= k:
                 size = 0
                 for row in indices[starts[t] : ends[t]]:
-                    size = _offer(heap_scores, heap_rows, size, scores[np.uint32(row)], row)
+                    size = offer(heap_scores, heap_rows, size, scores[np.uint32(row)], row)
                 bound = heap_scores[0]
                 break
         size = 0
@@ -129,7 +130,7 @@ def search(
             for row in indices[starts[t] : ends[t]]:
                 score = scores[np.uint32(row)]
                 if score >= bound:
-                    size = _offer(heap_scores, heap_rows, size, score, row)
+                    size = offer(heap_scores, heap_rows, size, score, row)
                     scores[np.uint32(row)] = 0  # not twice
                     if size == k:
                         bound = heap_scores[0]
@@ -139,5 +140,5 @@ def search(
         for end in range(size - 1, 0, -1):
             heap_scores[0], heap_scores[end] = heap_scores[end], heap_scores[0]
             heap_rows[0], heap_rows[end] = heap_rows[end], heap_rows[0]
-            _sift_down(heap_scores, heap_rows, end)
+            sift_down(heap_scores, heap_rows, end)
     return best_rows, best_scores, counts
