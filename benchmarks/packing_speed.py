@@ -50,7 +50,7 @@ from carl_gym.training.packing import packs, unique_tokens
 from carl_gym.training.segments import Row, Segment, rows, segments
 from carl_gym.training.warm_start import build_tokenizer
 
-_work: tuple[Learner, list[Row]]  # of a process that measures one way
+_work: tuple[Learner, list[Row], float]  # of a process that measures one way
 WAYS = ("packed", "pruned rows", "leaf rows", "action rows")
 
 
@@ -211,14 +211,15 @@ def prepare(folder: str, way: str, options: Options) -> None:
     learner = Learner(
         model, learning_rate=0.0, packing="tree" if way == "packed" else "rows", batch_tokens=options.batch_tokens
     )
-    _work = learner, by_way(way, pickle.loads(Path(folder, "trees").read_bytes()))
+    batch = by_way(way, pickle.loads(Path(folder, "trees").read_bytes()))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    _work = learner, batch, memory("VmRSS")
 
 
 def update() -> tuple[float, float]:
-    """Seconds, and by how many MiB memory grew at its peak."""
-    learner, batch = _work
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before, started = memory("VmRSS"), time.perf_counter()
+    """Seconds, and the peak of memory so far above what there was before the first update, in MiB."""
+    learner, batch, before = _work
+    started = time.perf_counter()
     learner.update(batch, 0.2, 0.2)
     return time.perf_counter() - started, memory("VmHWM") - before
 
