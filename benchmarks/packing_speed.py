@@ -46,7 +46,7 @@ from carl_gym.envs.state import EnvState
 from carl_gym.envs.task import SearchTask
 from carl_gym.rollouts import RolloutTree, collect
 from carl_gym.training.learner import Learner
-from carl_gym.training.packing import packs, unique_tokens
+from carl_gym.training.packing import packs, padded, unique_tokens
 from carl_gym.training.segments import Row, Segment, rows, segments
 from carl_gym.training.warm_start import build_tokenizer
 
@@ -105,7 +105,8 @@ def compare(model: PreTrainedModel, trees: list[list[Segment]], options: Options
     unique = unique_tokens(by_way("packed", trees))
     for way, (seconds, memory) in measured.items():
         batch = by_way(way, trees)
-        through = sum(b.tokens.size for b in packs(batch, options.batch_tokens)) if way == "packed" else tokens(batch)
+        batches = (packs if way == "packed" else padded)(batch, options.batch_tokens)
+        through = sum(one.tokens.size for one in batches)  # as the learner counts them, padding included
         times = seconds / measured["packed"][0]
         line(
             way,

@@ -39,6 +39,8 @@ from carl_gym.training.config import (
         ({"eval_questions": -1}, "eval_questions must be at least 0"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"max_actions": 0}, "max_actions must be at least 1 where it is given"),
+        ({"schedule": "tick"}, "schedule must be one of ticks, async, not 'tick'"),
+        ({"packing": "trees"}, "packing must be one of tree, rows, not 'trees'"),
         ({"threads": 0}, "threads must be at least 1 where it is given"),
     ],
 )
@@ -111,6 +113,15 @@ def test_a_run_is_resumed_with_the_same_settings_or_ones_that_change_no_result(t
     assert set(changes) == set(MAY_CHANGE)
     claim(again)
     assert (tmp_path / "run" / CONFIG_FILE).read_text(encoding="utf-8") == written
+
+
+def test_a_run_of_an_older_version_can_be_resumed(tmp_path):
+    config = TrainConfig(output_dir=tmp_path, seed=3)
+    old = {name: value for name, value in config.as_dict().items() if name not in ("schedule", "packing")}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(old), encoding="utf-8")
+    check_output_dir(dataclasses.replace(config, resume=True))
+    with pytest.raises(ConfigError, match=r"other settings \(packing: tree -> rows\)"):
+        check_output_dir(dataclasses.replace(config, resume=True, packing="rows"))
 
 
 def test_resuming_with_other_settings_is_refused_and_names_each(tmp_path):

@@ -144,6 +144,7 @@ def deterministic(kind: str, seed: int = 0) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    model.config.attn_pdrop = 0.0
     return model
 
 
@@ -261,9 +262,18 @@ def test_a_model_that_trees_do_not_suit_is_refused_and_can_train_on_rows(kind: s
     model, rows = unsuited(kind), random_rows(1)
     before = model.config._attn_implementation
     with pytest.raises(PolicyError, match="packing=rows"):
-        Learner(model, learning_rate=1e-3).update(rows, 0.2, 0.2)
+        Learner(model, learning_rate=1e-3)
     assert model.config._attn_implementation == before
     assert Learner(model, learning_rate=1e-3, packing="rows").update(rows, 0.2, 0.2) is not None
+
+
+def test_a_model_without_flex_attention_is_refused_where_there_is_no_other() -> None:
+    """As on a GPU: transformers has none for GPT-2."""
+    model = random_model("gpt2", VOCABULARY).to("meta")
+    before = model.config._attn_implementation
+    with pytest.raises(PolicyError, match="packing=rows"), tree_attention.tree_attention(model):
+        pass
+    assert model.config._attn_implementation == before
 
 
 def test_a_model_that_keeps_the_tree_from_its_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from model_toys import plain_logprobs, random_model, tag_tokenizer
+from transformers import FalconConfig, FalconForCausalLM
 
 from carl_gym.agents.policy import Completion, SampleRequest, StreamingPolicy
-from carl_gym.agents.transformers_policy import TransformersPolicy
+from carl_gym.agents.transformers_policy import CACHE_SLACK, TransformersPolicy
 from carl_gym.envs.protocol import STOP_STRINGS
 from carl_gym.errors import PolicyError
 
@@ -59,6 +60,13 @@ class Feed:
         return joining
 
 
+def test_a_model_whose_keys_are_not_what_its_config_says_is_refused() -> None:
+    config = FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    policy = TransformersPolicy(FalconForCausalLM(config), TAGS, STOP_STRINGS)
+    with pytest.raises(PolicyError, match="keeps 1 heads of 8 for a token, and its config says 4 of 8"):
+        policy.sample(requests(3))
+
+
 @pytest.mark.parametrize("kind", ["llama-grouped", "qwen2", "gpt2"])
 @pytest.mark.parametrize("options", [{}, {"max_batch": 3, "cache_bytes": 20_000}], ids=["roomy", "tight"])
 def test_a_request_gets_the_same_answer_whenever_it_joins(kind: str, options: dict[str, int]) -> None:
@@ -72,6 +80,29 @@ def test_a_request_gets_the_same_answer_whenever_it_joins(kind: str, options: di
             answer = feed.answers[number]
             assert (answer.token_ids, answer.finish_reason) == (completion.token_ids, completion.finish_reason)
             np.testing.assert_allclose(answer.logprobs, completion.logprobs, atol=1e-4)
+
+
+def test_a_long_stream_keeps_the_prefix_cache_within_its_bound() -> None:
+    policy, sizes = make_policy(cache_bytes=20_000), []
+
+    class Watched(Feed):
+        def __call__(self, finished: list[tuple[int, Completion]], idle: bool) -> list[tuple[int, SampleRequest]]:
+            sizes.append(policy._cache.bytes)
+            return super().__call__(finished, idle)
+
+    policy.stream(Watched(requests(50), 0))
+    assert 20_000 < max(sizes) <= CACHE_SLACK * 20_000
+    assert policy._cache.bytes <= 20_000
+
+
+def test_a_sleeping_policy_holds_no_memory_and_samples_as_before_when_asked_again() -> None:
+    policy, asked = make_policy(), requests(20)
+    answers = policy.sample(asked)
+    assert policy._cache.bytes > 0 and policy._batch._kv.kv.nbytes > 0
+    policy.sleep()
+    assert policy._cache.bytes == policy._batch._kv.kv.nbytes == 0
+    policy.wake()
+    assert policy.sample(asked) == answers
 
 
 def test_it_is_a_streaming_policy() -> None:

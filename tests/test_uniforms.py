@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model_toys import chi_square
 
-from carl_gym.agents.transformers_policy import uniforms
+from carl_gym.agents.draws import uniforms
 
 
 def splitmix64(seed: int, count: int) -> list[int]:

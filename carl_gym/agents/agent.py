@@ -75,7 +75,7 @@ class Agent:
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """While the learner updates: an engine on the same GPU lends it the memory."""
+        """While the learner updates: a policy whose caches are on the same device lends it the memory."""
         if not isinstance(self.policy, _Sleeper):
             yield
             return

@@ -98,6 +98,10 @@ class DecodeBatch:
         self._all = []
         self._next = self._law = None
 
+    def release(self) -> None:
+        """Free the memory. Nothing may be under way."""
+        self._kv.release()
+
     # Joining
 
     def admit(self, slots: Sequence[Slot]) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from carl_gym.agents.prefill import common
+
 
 @dataclass(eq=False, slots=True)
 class _Segment:
@@ -48,7 +50,7 @@ class PrefixCache:
             child = node.children.get(tokens[start])
             if child is None:
                 break
-            shared = _shared(child.tokens, tokens[start : start + len(child.tokens)])
+            shared = common(child.tokens, tokens[start : start + len(child.tokens)])
             child.used = self._clock
             pieces.append(child.kv[:, :, :shared])
             start += shared
@@ -67,7 +69,7 @@ class PrefixCache:
             child = node.children.get(tokens[done])
             if child is None:
                 break
-            shared = _shared(child.tokens, tokens[done : done + len(child.tokens)])
+            shared = common(child.tokens, tokens[done : done + len(child.tokens)])
             done += shared
             node = child if shared == len(child.tokens) else self._split(child, shared)
         if done < start:
@@ -103,10 +105,3 @@ class PrefixCache:
         node.parent.children[node.tokens[0]] = upper
         node.tokens, node.kv, node.parent = node.tokens[at:], node.kv[:, :, at:].clone(), upper
         return upper
-
-
-def _shared(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the common prefix."""
-    if tuple(left) == tuple(right):
-        return len(left)
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

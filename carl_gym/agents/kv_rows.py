@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
+from carl_gym.agents.tree_attention import odd_attention
 from carl_gym.errors import PolicyError
 
 _NAME = "carl_rows"
-_REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias")
 _active: ContextVar[KvRows] = ContextVar("rows that the model attends to")
 
 
@@ -84,12 +84,16 @@ class KvRows(Cache):
 
     def clear(self) -> None:
         """Forget everything, rows under way included."""
+        if (self.kv.dtype, self.kv.device) != (self.model.dtype, self.model.device):
+            self.release()
         self._blocks = []
-        if (self.kv.dtype, self.kv.device) == (self.model.dtype, self.model.device):
-            with torch.inference_mode():
-                self.kv.zero_()  # fresh memory would cost more
-        else:
-            self.kv = self.kv.new_zeros(self.layer_count, 2, 0, self.head_dim).to(self.model.device, self.model.dtype)
+        with torch.inference_mode():
+            self.kv.zero_()  # fresh memory would cost more
+
+    def release(self) -> None:
+        """Forget everything and free the memory."""
+        self._blocks = []
+        self.kv = self.kv.new_zeros(self.layer_count, 2, 0, self.head_dim).to(self.model.device, self.model.dtype)
 
     @property
     def bytes_per_place(self) -> int:
@@ -187,6 +191,12 @@ class KvRows(Cache):
         """Write new keys and values (batch, heads, tokens, head_dim). Returns what a model's own attention sees."""
         self._layer = layer_idx
         for kept, new in zip(self.kv[layer_idx], (key_states, value_states), strict=True):
+            if (new.shape[1], new.shape[3]) != (self.heads, self.head_dim):
+                raise PolicyError(
+                    f"{type(self.model).__name__} keeps {new.shape[1]} heads of {new.shape[3]} for a token, and its "
+                    f"config says {self.heads} of {self.head_dim}; sampling with backend transformers has no form for "
+                    "it, take another backend"
+                )
             kept.index_copy_(0, self._places, new.transpose(1, 2).reshape(-1, self.head_dim))
         if self.packs:
             return key_states, value_states
@@ -259,7 +269,7 @@ def _attend(
     **others: object,
 ) -> tuple[torch.Tensor, None]:
     """An attention function of transformers: (batch, heads, tokens, head_dim) -> (batch, tokens, heads, head_dim)."""
-    if odd := [name for name in _REFUSED if others.get(name) is not None]:
+    if odd := odd_attention(others):
         raise PolicyError(
             f"{type(module).__name__} attends with {', '.join(odd)}, which sampling has no form for; load the model "
             "with attn_implementation='eager'"

@@ -67,6 +67,8 @@ def _split(prefixes: Sequence[tuple[int, ...]], members: list[int], done: int, w
 
 def common(left: Sequence[int], right: Sequence[int]) -> int:
     """Length of the longest common beginning."""
+    if tuple(left) == tuple(right):
+        return len(left)
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 

@@ -12,12 +12,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from carl_gym.agents.decode_batch import Counters, DecodeBatch, Slot
-from carl_gym.agents.draws import uniforms as uniforms
 from carl_gym.agents.kv_cache import PrefixCache
 from carl_gym.agents.logprob_model import LogprobModel, evaluation_mode
 from carl_gym.agents.policy import Completion, Exchange, SampleRequest, check_requests, eos_ids, sample_by_stream
 from carl_gym.agents.tree_attention import limited_layers
 from carl_gym.errors import PolicyError
+
+CACHE_SLACK = 1.25
+"""A stream lets the prefix cache grow to this multiple of its bound before it drops the excess: dropping a little at
+each step would look through the whole cache every time."""
 
 
 class TransformersPolicy:
@@ -105,6 +108,8 @@ class TransformersPolicy:
                 with torch.inference_mode(), evaluation_mode(self.model) if self.model.training else nullcontext():
                     self._admit(waiting)
                     self._step()
+                if self._cache.bytes > CACHE_SLACK * self._cache.max_bytes:
+                    self._cache.shrink()
         except BaseException:
             self._batch.clear()
             self._complete.clear()
@@ -145,6 +150,14 @@ class TransformersPolicy:
         self.version += 1
         self._cache.clear()
         self._batch.clear()  # weights that were not finite may have left such values in it
+
+    def sleep(self) -> None:
+        """Lend the memory to the learner, while the weights change and caches are of no use."""
+        self._cache.clear()
+        self._batch.release()
+
+    def wake(self) -> None:
+        """Nothing to get back: memory comes with the next requests."""
 
     @property
     def counters(self) -> Counters:

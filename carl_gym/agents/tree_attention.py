@@ -11,8 +11,8 @@ not the square of the tree. On GPUs the same rule is a FlexAttention block mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,7 +25,8 @@ from carl_gym.errors import PolicyError
 TILE_COST = 4096
 """What a call of the kernel costs, in query-key pairs: below that, computing pairs in vain is cheaper than a call."""
 _NAME = "carl_tree"
-_REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias")
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+_ODD = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,11 @@ def _pairs(tile: tuple[int, int, int]) -> int:
     return (stop - start) * (end - start)
 
 
+def odd_attention(options: Mapping[str, object]) -> list[str]:
+    """Which options of a transformers attention function ask for more than scaled products of queries and keys."""
+    return [name for name in _ODD if options.get(name) is not None]
+
+
 def limited_layers(model: PreTrainedModel) -> str:
     """What kinds of layers do not attend to the whole prefix; empty when all do."""
     kinds = set(getattr(model.config, "layer_types", None) or [])
@@ -118,12 +124,18 @@ def tree_attention(model: PreTrainedModel) -> Iterator[None]:
             f"{type(model).__name__} has layers that do not attend to the whole prefix ({limits}), which trees have no "
             "form for; use packing=rows"
         )
+    if any(getattr(model.config, name, 0) for name in _DROPOUTS):
+        raise PolicyError(
+            f"{type(model).__name__} has attention dropout, which trees have no form for; use packing=rows"
+        )
     before = model.config._attn_implementation
     name = _NAME if model.device.type == "cpu" else "flex_attention"
-    model.set_attn_implementation(name)
+    with suppress(ValueError, ImportError):  # a model, or a torch, without FlexAttention
+        model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
         raise PolicyError(
-            f"the attention of {type(model).__name__} cannot be exchanged, which trees need; use packing=rows"
+            f"the attention of {type(model).__name__} cannot be exchanged for {name}, which trees need on "
+            f"{model.device.type}; use packing=rows"
         )
     try:
         yield
@@ -178,7 +190,7 @@ def _attend(
     **others: object,
 ) -> tuple[torch.Tensor, None]:
     """A transformers attention function: query (1, heads, tokens, size), key and value with as many heads or fewer."""
-    odd = [name for name in _REFUSED if others.get(name) is not None] + ["dropout"] * (dropout > 0)
+    odd = odd_attention(others) + ["dropout"] * (dropout > 0)
     if tree is None or odd:
         what = f"has {', '.join(odd)}" if odd else "did not get the tree"
         raise PolicyError(f"{type(module).__name__} {what}, so it cannot train on trees; use packing=rows")

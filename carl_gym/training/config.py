@@ -8,12 +8,14 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from carl_gym.algorithms import Algorithm, get_algorithm
 from carl_gym.errors import ConfigError
 from carl_gym.files import write_json
 from carl_gym.rollouts import Schedule
+
+Packing = Literal["tree", "rows"]
 
 CONFIG_FILE = "config.json"
 MAY_CHANGE = ("resume", "threads", "tracking_uri", "urls", "weights_dir")
@@ -71,7 +73,7 @@ class TrainConfig:
     backends that can."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    packing: Literal["tree", "rows"] = "tree"
+    packing: Packing = "tree"
     """tree takes what the rollouts of a question share through the model once; rows repeats it, for models whose
     attention has no form for trees."""
     batch_tokens: int = 8192
@@ -119,6 +121,9 @@ class TrainConfig:
         for name in ("learning_rate", "temperature", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be a number above 0, not {getattr(self, name)}")
+        for name, known in (("schedule", get_args(Schedule)), ("packing", get_args(Packing))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if self.canary_tolerance is not None and not self.canary_tolerance > 0:
             raise ConfigError(f"canary_tolerance must be a number above 0, not {self.canary_tolerance}")
         for name in ("eval_questions", "seed"):
@@ -164,7 +169,8 @@ def check_output_dir(config: TrainConfig) -> None:
     if not path.is_file():
         raise ConfigError(f"{folder} holds no run to resume ({CONFIG_FILE} is missing); leave out --resume")
     try:
-        before, now = dict(json.loads(path.read_text(encoding="utf-8"))), config.as_dict()
+        # What an older version did not write down is as it is by default.
+        before, now = TrainConfig().as_dict() | json.loads(path.read_text(encoding="utf-8")), config.as_dict()
     except (ValueError, TypeError) as error:
         raise ConfigError(
             f"{path} cannot be read ({error}), so the run in it cannot be resumed; start a new one in another "

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from carl_gym.agents.logprob_model import LogprobModel
 from carl_gym.agents.tree_attention import tree_attention
 from carl_gym.errors import CarlGymError
+from carl_gym.training.config import Packing
 from carl_gym.training.loss import ppo_clip
-from carl_gym.training.packing import Packing, packs, padded, unique_tokens
+from carl_gym.training.packing import packs, padded, unique_tokens
 from carl_gym.training.segments import Row
 
 
@@ -55,6 +56,9 @@ class Learner:
         batch_tokens: most tokens of a micro-batch (of rows: number times longest).
         weight_decay: AdamW's.
         autocast: compute dtype; weights and optimiser stay float32.
+
+    Raises:
+        PolicyError: trees do not suit the model.
     """
 
     def __init__(
@@ -69,6 +73,9 @@ class Learner:
         weight_decay: float = 0.0,
         autocast: torch.dtype | None = None,
     ) -> None:
+        if packing == "tree":
+            with tree_attention(model):  # refused here, before anything is sampled
+                pass
         self.model = LogprobModel(model)
         self.temperature = temperature
         self.max_grad_norm = max_grad_norm

@@ -11,15 +11,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
 
 import numpy as np
 import torch
 
 from carl_gym.agents.tree_attention import TokenTree
 from carl_gym.training.segments import Row
-
-Packing = Literal["tree", "rows"]
 
 PACK_COST = 64
 """What a pack costs beside its tokens, in tokens: of two ways to cut that repeat as much, fewer packs win."""

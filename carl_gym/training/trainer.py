@@ -2,7 +2,7 @@
 
 The trainer is blind to the algorithm: it runs whatever explorer, credit and selection it is given. Every random
 number is derived from (seed, step, question, trajectory, depth), so a run that was stopped at any point and resumed
-from its last checkpoint does exactly what it would have done.
+from its last checkpoint does exactly what it would have done (in ticks; asynchronously up to rounding).
 """
 
 from __future__ import annotations
