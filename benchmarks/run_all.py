@@ -65,7 +65,12 @@ BENCHMARKS = (
     Benchmark("dense_speed", "--passages 10000 100000", 15, ("faiss", "sentence_transformers")),
     Benchmark("env_comparison", minutes=2),
     Benchmark("env_speed", f"--data-dir ${DATA}/hotpotqa", 3, (DATA,)),
-    Benchmark("packing_speed", f"--data-dir ${DATA}/hotpotqa --long-questions 2", 15, (DATA,)),
+    Benchmark(
+        "packing_speed",
+        f"--data-dir ${DATA}/hotpotqa --questions 8 --long-questions 1 --repeats 1 --depths 4 8 --forks 4 16",
+        10,
+        (DATA,),
+    ),
     Benchmark("prefill", minutes=5, needs=("vllm",)),
     Benchmark("retrieval_quality", f"--data-root ${DATA}", 120, ("jnius", "sentence_transformers", DATA)),
     Benchmark("scaling", "--steps 1", 20),
