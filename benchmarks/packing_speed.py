@@ -125,6 +125,9 @@ def curve(over: str, shapes: Sequence[tuple[int, int]], options: Options) -> Non
     head("turns", "N", "unique tokens", "in leaf rows", "packed, s", "leaf rows, s", "leaf / packed", "pruned / packed")
     for turns, forks in shapes:
         ((_, model, trees),) = hotpot(options, (1,), forks, turns)
+        if not by_way("packed", trees):
+            line(turns, forks, "0: no action has an advantage")
+            continue
         measured = measure(model, trees, options, WAYS[:3])
         packed, pruned, leaf = (measured[way][0] for way in WAYS[:3])
         unique, in_leaves = unique_tokens(by_way("packed", trees)), tokens(by_way("leaf rows", trees))

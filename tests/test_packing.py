@@ -103,6 +103,11 @@ def test_uncut_no_beginning_is_computed_twice(seed, count, alphabet):
     assert batch.tokens.size == unique_tokens(rows) == len(beginnings)
 
 
+def test_nothing_makes_no_pack() -> None:
+    assert packs([], 100) == []
+    assert unique_tokens([]) == 0
+
+
 def row(*tokens: int) -> Row:
     """A row whose last token trains."""
     one = np.ones(1, dtype=np.float32)

@@ -102,7 +102,7 @@ def _sorted(rows: Sequence[Row]) -> tuple[list[Row], np.ndarray]:
     """Rows in the order of their tokens, and how many tokens each shares with the one before."""
     ordered = sorted(rows, key=lambda row: _inputs(row).astype(">u4").tobytes())
     shared = [_shared(_inputs(one), _inputs(two)) for one, two in itertools.pairwise(ordered)]
-    return ordered, np.array([0, *shared])
+    return ordered, np.array([0, *shared][: len(ordered)])
 
 
 def _added(rows: Sequence[Row], shared: np.ndarray) -> list[int]:
