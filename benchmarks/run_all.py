@@ -144,6 +144,7 @@ def run(benchmark: Benchmark, folder: Path, results: Path, commit: str) -> bool:
     )
     minutes = (time.time() - started) / 60
     if done.returncode:
+        print(done.stdout, file=sys.stderr)  # what it had measured until then
         print(
             f"{benchmark.name}: failed with exit status {done.returncode}; its result stays as it was", file=sys.stderr
         )
