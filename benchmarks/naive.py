@@ -68,8 +68,8 @@ class GeneratePolicy:
         return found
 
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Not needed by a training step."""
-        raise NotImplementedError
+        """Not needed by a training step: raises PolicyError."""
+        raise PolicyError("the naive baseline samples only; score with TransformersPolicy")
 
     def sync(self, weights: Mapping[str, object] | None = None) -> None:
         """The model is the learner's own, and there is no cache."""
