@@ -26,9 +26,12 @@ from carl_gym.training.config import (
         ({"forks": -1}, "forks"),
         ({"forks_per_round": 0}, "forks_per_round"),
         ({"algorithm": "grpo", "rollouts": 1}, "rollouts must be at least 2"),
-        ({"algorithm": "carl-light"}, "did you mean 'carl-lite'.*known: carl, carl-lite, grpo"),
+        ({"algorithm": "carl-light"}, "did you mean 'carl-lite'.*known: carl, .*carl-lite, .*grpo"),
         ({"algorithm": "grpo", "forks": 4}, "unknown setting 'forks' of algorithm 'grpo'.*rollouts"),
         ({"algorithm": "carl", "rollouts": 4}, "unknown setting 'rollouts' of algorithm 'carl'.*initial"),
+        ({"algorithm_args": ("initial=0",)}, r"initial \(N0\) must be an integer >= 1, not 0"),
+        ({"algorithm_args": ("initial=2",), "initial": 2}, "initial is given twice"),
+        ({"eval_actions": 0}, "eval_actions must be at least 1"),
         ({"steps": 0}, "steps must be at least 1, not 0"),
         ({"questions_per_step": 0}, "questions_per_step must be at least 1"),
         ({"save_every": -3}, "save_every must be at least 1, not -3"),
@@ -60,7 +63,7 @@ def test_a_configuration_is_json_and_names_every_option(tmp_path):
     config = TrainConfig(output_dir=tmp_path, forks=3)
     read = json.loads(json.dumps(config.as_dict()))
     assert set(read) == {field.name for field in dataclasses.fields(TrainConfig)}
-    texts = {name: tuple(read[name]) for name in ("env_args", "eval_args", "urls")}
+    texts = {name: tuple(read[name]) for name in ("algorithm_args", "env_args", "eval_args", "urls")}
     assert TrainConfig(**{**read, **texts, "output_dir": Path(read["output_dir"])}) == config
 
 

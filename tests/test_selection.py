@@ -70,9 +70,25 @@ def test_token_weights_of_hand_made_trees():
     by_token = token_weights(trees, selected, "token")
     assert by_token[0] == pytest.approx([0, 0, 1 / 11, 1 / 11, 0, 0])
     assert by_token[1] == pytest.approx([0, 1 / 11, 1 / 11])
+    # Trained tokens per trajectory: 1 of number 0, 4 of number 2; 5 and 1. That makes four trajectories.
+    by_trajectory = token_weights(trees, selected, "trajectory")
+    assert by_trajectory[0] == pytest.approx([0, 0, 1 / 4, 1 / 16, 0, 0])
+    assert by_trajectory[1] == pytest.approx([0, 1 / 20, 1 / 4])
+    constant = token_weights(trees, selected, "constant")
+    assert constant[0] == pytest.approx([0, 0, 1 / 1024, 1 / 1024, 0, 0])
+    assert constant[1] == pytest.approx([0, 1 / 1024, 1 / 1024])
 
 
-@pytest.mark.parametrize("reduction", ["action", "token"])
+def test_a_trajectory_of_several_actions_is_averaged_over_all_its_tokens():
+    sketch = Sketch()
+    root = sketch.root()
+    sketch.edge(sketch.edge(root, tokens=3), tokens=5, end=True)
+    sketch.edge(root, tokens=2, end=True, trajectory=1)
+    weights = token_weights([sketch.tree], all_actions([sketch.tree]), "trajectory")
+    assert weights[0] == pytest.approx([0, 1 / 16, 1 / 16, 1 / 4])
+
+
+@pytest.mark.parametrize("reduction", ["action", "token", "trajectory"])
 @pytest.mark.parametrize("select", [all_actions, forked_states])
 def test_weights_of_all_trained_tokens_sum_to_one(select, reduction):
     trees = grown(EntropyForking(2, 6), 12, seed=3)
@@ -86,7 +102,7 @@ def test_weights_of_all_trained_tokens_sum_to_one(select, reduction):
     assert total == pytest.approx(1)
 
 
-@pytest.mark.parametrize("reduction", ["action", "token"])
+@pytest.mark.parametrize("reduction", ["action", "token", "trajectory", "constant"])
 def test_an_empty_update_set_weighs_nothing(reduction):
     trees = grown(EntropyForking(3, 0), 2, seed=0)
     selected = forked_states(trees)
@@ -131,9 +147,11 @@ def test_settings_can_be_overridden():
 @pytest.mark.parametrize(
     "name, overrides, message",
     [
-        ("carll", {}, "unknown algorithm 'carll', did you mean 'carl'.*carl, carl-lite, grpo"),
-        ("ppo", {}, "unknown algorithm 'ppo'.*carl, carl-lite, grpo"),
+        ("carll", {}, "unknown algorithm 'carll', did you mean 'carl'.*carl, .*carl-lite, .*grpo"),
+        ("sarsa", {}, "unknown algorithm 'sarsa'.*carl, .*carl-lite, .*grpo"),
         ("carl", {"fork": 3}, "unknown setting 'fork' of algorithm 'carl', did you mean 'forks'.*loss_reduction"),
+        ("carl", {"fork_by": "size"}, "fork_by must be one of entropy, token-sum, exact-entropy, random, not 'size'"),
+        ("carl", {"advantage": []}, "advantage of algorithm 'carl' must be a number, a word, true or false"),
         ("grpo", {"forks": 3}, "unknown setting 'forks' of algorithm 'grpo'.*rollouts"),
         ("carl", {"initial": 0}, r"initial \(N0\) must be an integer >= 1, not 0"),
         ("grpo", {"rollouts": 1}, "rollouts must be at least 2"),
@@ -141,7 +159,11 @@ def test_settings_can_be_overridden():
         ("carl", {"clip_low": 1.0}, "clip_low must be a number between 0 and 1"),
         ("carl", {"clip_high": float("nan")}, "clip_high must be a number"),
         ("carl", {"clip_high": "wide"}, "clip_high must be a number"),
-        ("carl", {"loss_reduction": "mean"}, "loss_reduction must be one of action, token, not 'mean'"),
+        (
+            "carl",
+            {"loss_reduction": "mean"},
+            "loss_reduction must be one of action, token, trajectory, .* not 'mean'",
+        ),
     ],
 )
 def test_unknown_names_and_settings_are_refused(name, overrides, message):

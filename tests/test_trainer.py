@@ -170,6 +170,33 @@ def test_a_budget_of_actions_ends_the_run_and_the_last_step_is_evaluated_and_sav
     assert last_checkpoint(found.folder).name == f"step-{int(last['step']):06d}"
 
 
+def test_evaluations_can_be_spaced_by_generated_actions(tiny_agent_folder, tmp_path, uri):
+    changes = {"eval_actions": 40, "max_actions": 110, "steps": 50, "eval_every": 50, "save_every": 50}
+    found = train(tiny_agent_folder, tmp_path / "run", uri, **changes)
+    before = 0.0
+    for row in found.rows[1:]:
+        due = row["actions_generated"] // 40 > before // 40 or row is found.rows[-1]
+        assert ("eval/sampled_em" in row) == due
+        before = row["actions_generated"]
+    assert sum("eval/sampled_em" in row for row in found.rows) >= 4  # at the start, 40, 80 and the end
+
+
+def test_the_last_evaluation_is_kept_question_by_question(run):
+    kept = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert set(kept) == {"questions", "sampled_em", "sampled_f1", "greedy_em", "greedy_f1"}
+    assert len(set(kept["questions"])) == len(kept["sampled_em"]) == 2
+    for name in ("sampled_em", "sampled_f1", "greedy_em", "greedy_f1"):
+        assert sum(kept[name]) / 2 == pytest.approx(run.rows[-1][f"eval/{name}"])
+
+
+def test_the_control_trains_as_much_on_advantages_that_mean_nothing(run, tiny_agent_folder, tmp_path, uri):
+    changes = {"steps": 1, "eval_questions": 0, "shuffle_advantages": True}
+    control = train(tiny_agent_folder, tmp_path / "run", uri, **changes).rows[1]
+    for name in ("actions_generated", "actions_trained", "tokens_trained", "rollout/actions_with_advantage"):
+        assert control[name] == run.rows[1][name] > 0
+    assert control["update/grad_norm"] != run.rows[1]["update/grad_norm"]
+
+
 # -- steps with nothing to learn -------------------------------------------------------------------
 
 

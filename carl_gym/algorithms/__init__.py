@@ -1,12 +1,19 @@
-"""Algorithms as named combinations of explorer, credit and selection; the trainer is blind to them."""
+"""Algorithms as named combinations of explorer, credit and selection, one file each; the trainer is blind to them."""
 
 from carl_gym.algorithms import carl, grpo  # noqa: F401  registers them
-from carl_gym.algorithms.algorithm import Algorithm, algorithm_names, get_algorithm, register_algorithm
+from carl_gym.algorithms.algorithm import (
+    Algorithm,
+    CriticSettings,
+    algorithm_names,
+    get_algorithm,
+    register_algorithm,
+)
 from carl_gym.algorithms.credit import group_normalised, tree_difference, values
 from carl_gym.algorithms.selection import all_actions, forked_states, token_weights
 
 __all__ = [
     "Algorithm",
+    "CriticSettings",
     "algorithm_names",
     "all_actions",
     "forked_states",

@@ -4,6 +4,8 @@
     credit      advantage of every action           (carl_gym.algorithms.credit)
     selection   which actions train                 (carl_gym.algorithms.selection)
 
+and, for the few that need it, how much the tokens of an action differ and what has to be measured of a finished tree.
+
 Collector and learner are blind to it. Algorithms are registered by name, one file each.
 """
 
@@ -14,12 +16,38 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Literal, get_args
 
-from carl_gym.algorithms.credit import Credit
+from carl_gym.algorithms.credit import Credit, FloatArray
 from carl_gym.algorithms.selection import Reduction, Selection
 from carl_gym.errors import ConfigError
 from carl_gym.rollouts.explorers import Explorer
+from carl_gym.rollouts.tree import RolloutTree
+
+Emphasis = Callable[[RolloutTree], list[FloatArray]]
+"""A factor for every token of every action, by node id (an empty array at roots): what multiplies its advantage."""
+
+Requirement = Literal["critic", "gold answers", "repeated states", "entropies"]
+"""What an algorithm needs beside trees.
+
+    critic            a learned V of every state, in `tree.scores["state_value"]`
+    gold answers      how likely the agent finds them in every state, in `tree.scores["answer_logprob"]`
+    repeated states   observations that come up more than once in the rollouts of a question
+    entropies         those of the distributions that tokens were drawn from, in `Completion.entropies`
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class CriticSettings:
+    """How a critic learns.
+
+    Attributes:
+        targets: trees -> per tree, what V of each node should have been; read at nodes that have children.
+        learning_rate: AdamW's.
+    """
+
+    targets: Credit
+    learning_rate: float = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +61,10 @@ class Algorithm:
         selection: trees -> per tree, whether the edge into each node id trains.
         clip_low: PPO's probability ratio is clipped to [1 - clip_low, 1 + clip_high].
         clip_high: see `clip_low`.
-        loss_reduction: "action": mean over actions, each the mean over its tokens; "token": mean over tokens.
+        loss_reduction: what the loss is a mean of (`selection.token_weights`).
+        emphasis: a factor for the advantage of each token; None: all tokens of an action have its advantage.
+        requires: what it needs beside trees.
+        critic: how the critic learns, where one is required.
 
     Raises:
         ConfigError: a clip or reduction out of its range.
@@ -46,6 +77,9 @@ class Algorithm:
     clip_low: float = 0.2
     clip_high: float = 0.2
     loss_reduction: Reduction = "action"
+    emphasis: Emphasis | None = None
+    requires: tuple[Requirement, ...] = ()
+    critic: CriticSettings | None = None
 
     def __post_init__(self) -> None:
         _require_between("clip_low", self.clip_low, 0, 1)
@@ -53,6 +87,8 @@ class Algorithm:
         if self.loss_reduction not in get_args(Reduction):
             allowed = ", ".join(get_args(Reduction))
             raise ConfigError(f"loss_reduction must be one of {allowed}, not {self.loss_reduction!r}")
+        if ("critic" in self.requires) != (self.critic is not None):
+            raise ConfigError(f"{self.name!r} must name a critic in `requires` and in `critic`, or in neither")
 
 
 Factory = Callable[..., Algorithm]
@@ -81,7 +117,7 @@ def algorithm_names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def get_algorithm(name: str, **overrides: Setting) -> Algorithm:
+def get_algorithm(name: str, **overrides: object) -> Algorithm:
     """Build a registered algorithm, its vetted settings changed by `overrides`.
 
     Raises:
@@ -91,9 +127,11 @@ def get_algorithm(name: str, **overrides: Setting) -> Algorithm:
         raise ConfigError(f"unknown algorithm {name!r}{_hint(name, algorithm_names())}")
     factory, defaults = _REGISTRY[name]
     settings = list(inspect.signature(factory).parameters)
-    for setting in overrides:
+    for setting, value in overrides.items():
         if setting not in settings:
             raise ConfigError(f"unknown setting {setting!r} of algorithm {name!r}{_hint(setting, settings)}")
+        if not isinstance(value, (int, float, str)):
+            raise ConfigError(f"{setting} of algorithm {name!r} must be a number, a word, true or false, not {value!r}")
     return replace(factory(**{**defaults, **overrides}), name=name)
 
 

@@ -11,12 +11,14 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal, Protocol, get_args
 
 from carl_gym.errors import ConfigError, PolicyError
 from carl_gym.rollouts.tree import Node, RolloutTree
 
 RootRecord = Literal["separate", "merged"]
+EntropyMeasure = Literal["mean", "sum", "exact"]
 
 
 class Explorer(Protocol):
@@ -100,19 +102,46 @@ class EntropyForking(_Forking):
     the end. Ties go to the lowest (trajectory number, depth). When every H is 0 there is nothing to learn by
     forking, and the tree is complete early.
 
-    Attributes and errors: `initial`, `forks`, `forks_per_round`, `root`, as `_Forking` describes them.
+    Attributes and errors: `initial`, `forks`, `forks_per_round`, `root`, as `_Forking` describes them, and
+        measure: what H is the mean of, over the actions sampled from a state: "mean" is the paper's h, the negative
+            log-prob per token of the action; "sum" that of the whole action; "exact" the mean entropy of the
+            distributions that its tokens were drawn from.
     """
 
+    measure: EntropyMeasure = "mean"
+
+    def __post_init__(self) -> None:
+        _Forking.__post_init__(self)
+        if self.measure not in get_args(EntropyMeasure):
+            raise ConfigError(f"measure must be one of {', '.join(get_args(EntropyMeasure))}, not {self.measure!r}")
+
+    @property
+    def needs_entropies(self) -> bool:
+        """Whether actions have to come with exact entropies."""
+        return self.measure == "exact"
+
     def next(self, tree: RolloutTree) -> list[int]:
-        """Phase 2: the states of largest H / n. Raises PolicyError where log-probs are not known."""
+        """Phase 2: the states of largest H / n. Raises PolicyError where log-probs or entropies are not known."""
+        entropy = {node.id: self._entropy(tree, node) for node in tree.recorded()}
 
         def by_density(node: Node) -> tuple[float, int, int]:
-            return -tree.H(node.id) / len(node.children), node.trajectory, node.depth
+            return -entropy[node.id] / len(node.children), node.trajectory, node.depth
 
-        if any(math.isnan(tree.H(node.id)) for node in tree.recorded()):
+        if any(map(math.isnan, entropy.values())):
             raise PolicyError("forking by entropy needs log-probs, and this policy gives none; use another explorer")
-        uncertain = (node for node in tree.recorded() if tree.H(node.id) > 0)
+        uncertain = (node for node in tree.recorded() if entropy[node.id] > 0)
         return [node.id for node in heapq.nsmallest(len(self._numbers(tree)), uncertain, key=by_density)]
+
+    def _entropy(self, tree: RolloutTree, state: Node) -> float:
+        """H of a recorded state."""
+        if self.measure == "mean":
+            return tree.H(state.id)
+        actions = [action for child in state.children if (action := tree.nodes[child].action)]
+        if self.measure == "sum":
+            return fmean(-sum(action.logprobs) for action in actions)
+        if not all(action.entropies for action in actions):
+            raise PolicyError("forking by exact entropy needs a policy that gives entropies; use backend transformers")
+        return fmean(fmean(action.entropies) for action in actions)
 
 
 @dataclass(frozen=True, slots=True)

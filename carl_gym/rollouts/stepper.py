@@ -79,6 +79,7 @@ class TreeStepper:
             temperature=temperature,
             max_tokens=min(self._transcript.max_tokens, self._transcript.context - len(prefix)),
             state=node.state,
+            entropies=getattr(self._explorer, "needs_entropies", False),
         )
 
     def take(self, want: Want, action: Completion, step: Step) -> None:

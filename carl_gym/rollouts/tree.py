@@ -22,6 +22,9 @@ from dataclasses import dataclass, field
 from itertools import chain
 from statistics import fmean
 
+import numpy as np
+import numpy.typing as npt
+
 from carl_gym.agents.policy import Completion
 from carl_gym.envs.state import EnvState, Question
 from carl_gym.errors import PolicyError, StateError
@@ -81,12 +84,14 @@ class RolloutTree:
         policy_version: `Policy.version` of the weights that sampled every action.
         seed: all randomness of the tree derives from it (`seed_for`).
         nodes: indexed by node id.
+        scores: what was measured of the finished tree for credit to use, by name, each an array by node id.
     """
 
     question: Question
     policy_version: int
     seed: int = 0
     nodes: list[Node] = field(default_factory=list)
+    scores: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     _h: list[float] = field(default_factory=list, repr=False)
     _H: list[float] = field(default_factory=list, repr=False)
     _prefix_lengths: list[int] = field(default_factory=list, repr=False)

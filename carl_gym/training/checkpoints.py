@@ -30,12 +30,14 @@ class Progress:
         actions_generated: sampled so far.
         actions_trained: in update sets so far.
         seconds: of rollouts and updates so far.
+        tokens_trained: tokens of the actions in update sets so far.
     """
 
     step: int = 0
     actions_generated: int = 0
     actions_trained: int = 0
     seconds: float = 0.0
+    tokens_trained: int = 0
 
 
 def save_checkpoint(output_dir: Path, progress: Progress, agent: Agent, learner: Learner, run_id: str) -> Path:

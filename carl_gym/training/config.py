@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from carl_gym.algorithms import Algorithm, get_algorithm
+from carl_gym.algorithms.controls import with_shuffled_advantages
+from carl_gym.cards import parse_assignments
 from carl_gym.errors import ConfigError
 from carl_gym.files import write_json
 from carl_gym.rollouts import Schedule
@@ -27,15 +29,19 @@ class TrainConfig:
     """A training run."""
 
     algorithm: str = "carl-lite"
-    """What to train with: carl, carl-lite or grpo."""
+    """What to train with; docs/algorithms.md has the names."""
+    algorithm_args: tuple[str, ...] = ()
+    """Settings of the algorithm as key=value, such as `root=merged clip_high=0.28`."""
+    shuffle_advantages: bool = False
+    """A control: every trained action gets the advantage of another one, so that nothing is learned from credit."""
     initial: int | None = None
-    """N0, the rollouts from the root, of carl and carl-lite."""
+    """N0, the rollouts from the root, of algorithms that have it (carl)."""
     forks: int | None = None
-    """N, the forks per question, of carl and carl-lite."""
+    """N, the forks per question, of algorithms that have it (carl)."""
     forks_per_round: int | None = None
-    """Forks at once, of carl and carl-lite; 1 is the paper's order."""
+    """Forks at once, of algorithms that have it; 1 is CARL's order."""
     rollouts: int | None = None
-    """Group size of grpo."""
+    """Group size, of algorithms that have it (grpo)."""
     env: str = "carl/MiniWiki-v0"
     """Environment id."""
     data_dir: str | None = None
@@ -84,6 +90,8 @@ class TrainConfig:
     """Held-out questions per evaluation; 0 for none."""
     eval_every: int = 10
     """Steps between evaluations; one comes before the first step and one after the last."""
+    eval_actions: int | None = None
+    """Evaluate after every so many generated actions instead, as algorithms generate different numbers in a step."""
     save_every: int = 10
     """Steps between checkpoints."""
     seed: int = 0
@@ -115,7 +123,7 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_actions", "threads"):
+        for name in ("max_actions", "eval_actions", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1 where it is given, not {value}")
         for name in ("learning_rate", "temperature", "max_grad_norm"):
@@ -137,8 +145,13 @@ class TrainConfig:
 
     def make_algorithm(self) -> Algorithm:
         """The algorithm with its settings. Raises ConfigError on a setting that it does not have."""
-        settings = {name: getattr(self, name) for name in ("initial", "forks", "forks_per_round", "rollouts")}
-        return get_algorithm(self.algorithm, **{name: value for name, value in settings.items() if value is not None})
+        options = {name: getattr(self, name) for name in ("initial", "forks", "forks_per_round", "rollouts")}
+        given = {name: value for name, value in options.items() if value is not None}
+        settings = parse_assignments(self.algorithm_args)
+        if twice := sorted(settings.keys() & given):
+            raise ConfigError(f"{twice[0]} is given twice, in algorithm_args and as an option; leave out one of them")
+        algorithm = get_algorithm(self.algorithm, **{**settings, **given})
+        return with_shuffled_advantages(algorithm) if self.shuffle_advantages else algorithm
 
     def as_dict(self) -> dict[str, object]:
         """JSON values by option."""

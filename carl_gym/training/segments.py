@@ -31,6 +31,7 @@ class Segment:
         logprobs: (action_length,) log-probs at sampling.
         advantage: of the action, the same for each of its tokens.
         weight: of each action token in the loss; 0 when the action is not trained.
+        emphasis: (action_length,) factors on the advantage; None: 1 for every token.
     """
 
     node_id: int
@@ -41,6 +42,7 @@ class Segment:
     logprobs: np.ndarray
     advantage: float
     weight: float
+    emphasis: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +64,16 @@ class Row:
     weights: np.ndarray
 
 
-def segments(tree: RolloutTree, advantages: FloatArray, weights: FloatArray) -> list[Segment]:
+def segments(
+    tree: RolloutTree, advantages: FloatArray, weights: FloatArray, emphasis: Sequence[FloatArray] | None = None
+) -> list[Segment]:
     """One segment per node, in node order (a parent before its children).
 
     Args:
         tree: complete.
         advantages: by node id, of the edge into the node.
         weights: by node id, of each token of that edge.
+        emphasis: by node id, a factor for each token of that edge.
 
     Raises:
         PolicyError: log-probs are not known.
@@ -92,6 +97,7 @@ def segments(tree: RolloutTree, advantages: FloatArray, weights: FloatArray) -> 
                 logprobs=np.array(logprobs, dtype=np.float32),
                 advantage=float(advantages[node.id]),
                 weight=float(weights[node.id]),
+                emphasis=None if emphasis is None else emphasis[node.id],
             )
         )
     return found
@@ -132,6 +138,11 @@ def _row(path: list[Segment], trained: list[bool]) -> Row:
         tokens=np.concatenate([*(segment.tokens for segment in path[:-1]), last.tokens[: last.action_length]]),
         positions=np.concatenate([np.arange(start, start + segment.action_length) for segment, start in parts]),
         logprobs=np.concatenate([segment.logprobs for segment, _ in parts]),
-        advantages=np.repeat(np.array([segment.advantage for segment, _ in parts], dtype=np.float32), lengths),
+        advantages=np.concatenate([_token_advantages(segment) for segment, _ in parts]),
         weights=np.repeat(np.array([segment.weight for segment, _ in parts], dtype=np.float32), lengths),
     )
+
+
+def _token_advantages(segment: Segment) -> np.ndarray:
+    every = np.full(segment.action_length, segment.advantage, dtype=np.float32)
+    return every if segment.emphasis is None else every * segment.emphasis.astype(np.float32)

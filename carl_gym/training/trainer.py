@@ -25,7 +25,7 @@ from carl_gym.envs.registration import make_task
 from carl_gym.envs.state import Question
 from carl_gym.envs.task import SearchTask
 from carl_gym.errors import ConfigError
-from carl_gym.evaluation import Evaluation, evaluate, held_out_first
+from carl_gym.evaluation import Episode, held_out_first, play, summarise
 from carl_gym.files import write_json
 from carl_gym.rollouts.collector import Timings, check_schedule, collect
 from carl_gym.rollouts.tree import RolloutTree
@@ -38,10 +38,12 @@ from carl_gym.training.instruments import instrumented
 from carl_gym.training.learner import Learner, UpdateMetrics
 from carl_gym.training.profile_report import write_profile
 from carl_gym.training.profiler import Profiler
+from carl_gym.training.scores import TreeScores
 from carl_gym.training.segments import rows, segments
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+EVALUATION_FILE = "evaluation.json"
 RUN_FILE = "mlflow_run.json"
 
 
@@ -104,6 +106,7 @@ class Trainer:
         )
         on_gpu = self.agent.model.device.type == "cuda"
         self.profiler = Profiler(profile, synchronize=torch.cuda.synchronize if on_gpu else None)
+        self.scores = TreeScores(self.algorithm, config, self.task, self.questions, self.agent)
         self.progress = load_checkpoint(saved[-1], self.agent, self.learner) if saved else Progress()
         self.canary = None if self.agent.shares_weights else self._canary()
         self.tracker = self._tracker()
@@ -142,14 +145,21 @@ class Trainer:
 
     def _step(self) -> dict[str, float]:
         """A training step, with evaluation and checkpoint where they are due."""
+        before = self.progress.actions_generated
         metrics = self._train_step(self.progress.step + 1)
-        if self.progress.step % self.config.eval_every == 0 or self._done():
+        if self._evaluation_is_due(before) or self._done():
             metrics |= self._evaluate()
         logged = self._log(metrics)
         if self.progress.step % self.config.save_every == 0 or self._done():
             with self.profiler.span("checkpoint"):
                 save_checkpoint(self.config.output_dir, self.progress, self.agent, self.learner, self.tracker.run_id)
         return logged
+
+    def _evaluation_is_due(self, before: int) -> bool:
+        """After the step that began with `before` generated actions."""
+        if self.config.eval_actions is None:
+            return self.progress.step % self.config.eval_every == 0
+        return self.progress.actions_generated // self.config.eval_actions > before // self.config.eval_actions
 
     def _done(self) -> bool:
         budget = self.config.max_actions
@@ -174,6 +184,7 @@ class Trainer:
             )
         collected = time.perf_counter()
         with self.profiler.span("credit and selection"):
+            self.scores.measure(trees)
             credited = [
                 CreditedTree(*parts)
                 for parts in zip(trees, self.algorithm.credit(trees), self.algorithm.selection(trees), strict=True)
@@ -181,6 +192,7 @@ class Trainer:
         cuts = [len(credited) * i // self.config.minibatches for i in range(self.config.minibatches + 1)]
         with self.profiler.span("update"), self.agent.resting():
             updates = [self._update(credited[start:end]) for start, end in itertools.pairwise(cuts)]
+            learned = self.scores.learn(trees, self.config.minibatches)
         updated = time.perf_counter()
         with self.profiler.span("sync"):
             gap = self._sync()
@@ -192,11 +204,13 @@ class Trainer:
             actions_generated=self.progress.actions_generated + generated,
             actions_trained=self.progress.actions_trained + sum(int(c.selected.sum()) for c in credited),
             seconds=self.progress.seconds + ended - started,
+            tokens_trained=self.progress.tokens_trained + sum(map(trained_tokens, credited)),
         )
         return {
             **asdict(self.progress),
             **rollout_metrics(self.task, credited),
             **update_metrics(updates),
+            **learned,
             "time/sample": timings.sample,
             "time/environment": timings.environment,
             "time/rollout": collected - started,
@@ -231,33 +245,38 @@ class Trainer:
         batch = [
             row
             for credited, weight in zip(part, weights, strict=True)
-            for row in rows(segments(credited.tree, credited.advantages, weight))
+            for row in rows(segments(credited.tree, credited.advantages, weight, self._emphasis(credited.tree)))
         ]
         return self.learner.update(batch, self.algorithm.clip_low, self.algorithm.clip_high)
+
+    def _emphasis(self, tree: RolloutTree) -> list[np.ndarray] | None:
+        return self.algorithm.emphasis(tree) if self.algorithm.emphasis else None
 
     def _evaluate(self) -> dict[str, float]:
         """Held-out scores, sampled at the training temperature and greedy."""
         found: dict[str, float] = {}
+        by_question: dict[str, list[object]] = {}
         for name, temperature in (("sampled", self.config.temperature), ("greedy", 0.0)):
             if self.eval_questions:
                 with self.profiler.span("evaluation"):
-                    found |= self._play(temperature).metrics(f"eval/{name}")
+                    episodes = self._play(temperature)
+                found |= summarise(episodes).metrics(f"eval/{name}")
+                by_question["questions"] = [e.question_id for e in episodes]
+                by_question |= {f"{name}_em": [e.em for e in episodes], f"{name}_f1": [e.f1 for e in episodes]}
+        if self.eval_questions:
+            write_json(self.config.output_dir / EVALUATION_FILE, by_question)
         if self.agent.shares_weights:
             # The next step must not meet what evaluation left in the cache: a resumed run does not have it. (With an
             # engine of its own no run is repeated bit for bit, and a sync costs more.)
             self.agent.sync()
         return found
 
-    def _play(self, temperature: float) -> Evaluation:
-        agent = self.agent
-        return evaluate(
-            self.eval_task,
-            agent.policy,
-            agent.transcript,
-            self.eval_questions,
-            temperature=temperature,
-            seed=self.config.seed,
+    def _play(self, temperature: float) -> list[Episode]:
+        agent, seed = self.agent, self.config.seed
+        parts = play(
+            self.eval_task, agent.policy, agent.transcript, self.eval_questions, temperature=temperature, seed=seed
         )
+        return list(itertools.chain.from_iterable(parts))
 
     def _log(self, metrics: dict[str, float]) -> dict[str, float]:
         step = int(metrics["step"])
@@ -405,6 +424,12 @@ def rollout_metrics(task: SearchTask, credited: Sequence[CreditedTree]) -> dict[
             np.mean([tree.h(node.id) for tree in trees for node in tree.nodes if node.action])
         ),
     }
+
+
+def trained_tokens(credited: CreditedTree) -> int:
+    """Tokens of the actions that train."""
+    chosen = (node for node in credited.tree.nodes if credited.selected[node.id])
+    return sum(len(node.action.token_ids) for node in chosen if node.action)
 
 
 def update_metrics(updates: Sequence[UpdateMetrics | None]) -> dict[str, float]:

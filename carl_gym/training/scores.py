@@ -1,0 +1,50 @@
+"""What an algorithm needs to know beside trees: checked before a run starts, measured before every credit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from carl_gym.agents.agent import Agent
+from carl_gym.algorithms import Algorithm
+from carl_gym.envs.state import Question
+from carl_gym.errors import ConfigError
+from carl_gym.rollouts.environment import EnvTask
+from carl_gym.rollouts.tree import RolloutTree
+from carl_gym.training.config import TrainConfig
+
+
+class TreeScores:
+    """Fills `RolloutTree.scores` with what `Algorithm.requires` names.
+
+    Raises:
+        ConfigError: the environment, the questions or the agent lack something that the algorithm requires.
+    """
+
+    def __init__(
+        self, algorithm: Algorithm, config: TrainConfig, task: EnvTask, questions: Sequence[Question], agent: Agent
+    ) -> None:
+        self._algorithm = algorithm
+        needs = f"algorithm {algorithm.name!r} needs"
+        without = [question.id for question in questions if not question.answers]
+        if "gold answers" in algorithm.requires and without:
+            raise ConfigError(
+                f"{needs} the gold answer of every training question, and {len(without)} have none (the first: "
+                f"{without[0]!r}); leave them out, or choose another algorithm"
+            )
+        if "repeated states" in algorithm.requires and not getattr(task, "repeats_states", True):
+            raise ConfigError(
+                f"{needs} states that several rollouts of a question come through, and in {config.env} no two "
+                "sequences of actions lead to the same state; choose another algorithm or environment"
+            )
+        if "entropies" in algorithm.requires and not getattr(agent.policy, "gives_entropies", False):
+            raise ConfigError(
+                f"{needs} the exact entropies of the sampled tokens, which {type(agent.policy).__name__} does not "
+                "give; use backend transformers, or choose another algorithm"
+            )
+
+    def measure(self, trees: Sequence[RolloutTree]) -> None:
+        """Write the scores of finished trees into them."""
+
+    def learn(self, trees: Sequence[RolloutTree], minibatches: int) -> dict[str, float]:
+        """Let the critic learn from the trees of a step; its metrics."""
+        return {}
