@@ -33,6 +33,7 @@ class Slot:
     request: SampleRequest
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
     finish: FinishReason = "length"
 
 
@@ -80,7 +81,7 @@ class DecodeBatch:
         self._kv = KvRows(model)
         self._all: list[_Rows] = []
         self._next: _Step | None = None
-        self._law: tuple[np.ndarray, Temperatures] | None = None
+        self._law: _Law | None = None
 
     @property
     def slots(self) -> list[Slot | None]:
@@ -181,8 +182,11 @@ class DecodeBatch:
 
     # Decoding
 
-    def step(self) -> tuple[list[int], list[float]]:
-        """A token and its log-prob for each of `slots`, as they are after the call; those of a None mean nothing."""
+    def step(self) -> tuple[list[int], list[float], list[float]]:
+        """A token, its log-prob and the entropy of its distribution for each of `slots`, as they are after the call.
+
+        Those of a None mean nothing. The last list is empty where no request asked for entropies.
+        """
         step: _Step | None = self._next or self._arrange()
         assert step is not None
         step.mask.index_fill_(0, step.mask_places, 0.0)
@@ -193,18 +197,18 @@ class DecodeBatch:
             step = None
         slots = self.slots
         if self._law is None:
-            numbers = [slot.request.seed % 2**64 if slot else 0 for slot in slots]
-            values = [slot.request.temperature if slot else 1.0 for slot in slots]
-            self._law = np.array(numbers, dtype=np.uint64), Temperatures(values, logits.device)
-        seeds, temperatures = self._law
+            self._law = _Law.of(slots, logits.device)
+        law = self._law
         indices = np.array([len(slot.tokens) if slot else 0 for slot in slots])
-        drawn, logprobs = draw(logits, temperatures, uniforms(seeds, indices))
+        drawn, logprobs, entropies = draw(
+            logits, law.temperatures, uniforms(law.seeds, indices), entropies=law.entropies
+        )
         self.counters.decode_steps += 1
         self.counters.decoded_tokens += sum(slot is not None for slot in slots)
         if step is not None:
             step.advance(drawn)
         self._next = step
-        return drawn.tolist(), logprobs
+        return drawn.tolist(), logprobs, entropies
 
     def _arrange(self) -> _Step:
         """The next step of all rows."""
@@ -294,6 +298,28 @@ class DecodeBatch:
         if not left:
             self._kv.give_back(rows.block)
         return True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Law:
+    """How the tokens of the rows are drawn; the same at every step until rows come or go.
+
+    Attributes:
+        seeds: (rows,) uint64.
+        temperatures: of the rows.
+        entropies: whether any request asks for entropies.
+    """
+
+    seeds: np.ndarray
+    temperatures: Temperatures
+    entropies: bool
+
+    @classmethod
+    def of(cls, slots: Sequence[Slot | None], device: torch.device) -> _Law:
+        """Of these rows; a None is drawn somehow."""
+        seeds = np.array([slot.request.seed % 2**64 if slot else 0 for slot in slots], dtype=np.uint64)
+        temperatures = Temperatures([slot.request.temperature if slot else 1.0 for slot in slots], device)
+        return cls(seeds, temperatures, any(slot is not None and slot.request.entropies for slot in slots))
 
 
 @dataclass(slots=True, eq=False)

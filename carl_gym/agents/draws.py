@@ -37,19 +37,24 @@ class Temperatures:
         self.divisors = None if all(value in (0, 1) for value in values) else column.masked_fill(column == 0, 1.0)
 
 
-def draw(logits: torch.Tensor, temperatures: Temperatures, u: np.ndarray) -> tuple[torch.Tensor, list[float]]:
-    """One token per row by inversion of the distribution function, and its log-prob.
+def draw(
+    logits: torch.Tensor, temperatures: Temperatures, u: np.ndarray, *, entropies: bool = False
+) -> tuple[torch.Tensor, list[float], list[float]]:
+    """One token per row by inversion of the distribution function, its log-prob, and the distribution's entropy.
 
     Args:
         logits: (rows, vocabulary).
         temperatures: of the rows.
         u: (rows,) uniform numbers.
+        entropies: whether to compute H = -sum_v p_v log p_v, in nats; otherwise that list is empty.
     """
     scaled = logits.float() if temperatures.divisors is None else logits.float() / temperatures.divisors
     logprobs = torch.log_softmax(scaled, dim=-1)
-    cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)
+    probabilities = logprobs.exp()
+    cdf = probabilities.cumsum(-1, dtype=torch.float64)
     threshold = torch.from_numpy(u).to(cdf.device).unsqueeze(1) * cdf[:, -1:]
     drawn = torch.searchsorted(cdf, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
     if temperatures.greedy is not None:
         drawn = torch.where(temperatures.greedy, logprobs.argmax(-1, keepdim=True), drawn)
-    return drawn.squeeze(1), logprobs.gather(1, drawn).squeeze(1).tolist()
+    exact = torch.special.entr(probabilities).sum(-1).tolist() if entropies else []
+    return drawn.squeeze(1), logprobs.gather(1, drawn).squeeze(1).tolist(), exact

@@ -23,7 +23,7 @@ from carl_gym.agents.messages import (
     encode,
     with_closing_tag,
 )
-from carl_gym.agents.policy import Completion, FinishReason, SampleRequest, check_requests
+from carl_gym.agents.policy import Completion, FinishReason, SampleRequest, check_requests, refuse_entropies
 from carl_gym.cards import make_card
 from carl_gym.envs.protocol import describe
 from carl_gym.errors import ConfigError, PolicyError
@@ -94,9 +94,11 @@ class OpenAIPolicy:
 
         Raises:
             PolicyError: the server cannot be reached, refuses, or replies with something that is no chat completion;
-                a conversation that is too long before the first action; a prefix that is no conversation.
+                a conversation that is too long before the first action; a prefix that is no conversation; a request
+                for exact entropies.
         """
         check_requests(requests, 1 << 62)  # the context is the server's affair
+        refuse_entropies(requests, self._client.where)
         return self._client.map(self._act, requests)
 
     def score(self, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:

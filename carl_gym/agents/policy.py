@@ -33,6 +33,8 @@ class SampleRequest:
         max_tokens: longest action.
         state: the environment state, for policies that act on states instead of tokens
             (scripted, tabular); language models ignore it.
+        entropies: whether the completion is to have the exact entropies of its tokens. A policy that cannot give
+            them raises PolicyError.
     """
 
     prefix: Sequence[int]
@@ -40,6 +42,7 @@ class SampleRequest:
     temperature: float = 1.0
     max_tokens: int = 64
     state: EnvState | None = None
+    entropies: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +58,16 @@ class Completion:
         finish_reason: `stop` (a stop string was completed), `eos`, `length`, or `context`: the prefix left no room
             for an action. Then the tokens and the text stand for nothing, no step is taken, and the trajectory ends
             as truncated.
+        entropies: where the request asked for them, the exact entropy in nats of each token's distribution: the one
+            that it was drawn from (temperature applied; the untempered one when greedy). Given the tokens before, it
+            is the expectation of minus the log-prob. Empty otherwise.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     text: str
     finish_reason: FinishReason
+    entropies: tuple[float, ...] = ()
 
 
 class Policy(Protocol):
@@ -157,6 +164,15 @@ def check_requests(requests: Sequence[SampleRequest], context: int) -> None:
                 f"prefix ({len(request.prefix)} tokens) and max_tokens ({request.max_tokens}) exceed the model's "
                 f"context of {context}; lower max_tokens or end the trajectory"
             )
+
+
+def refuse_entropies(requests: Sequence[SampleRequest], sampler: str) -> None:
+    """Raises PolicyError when exact entropies are asked for; for a `sampler` that only tells log-probs of tokens."""
+    if any(request.entropies for request in requests):
+        raise PolicyError(
+            f"{sampler} cannot give exact entropies: it does not tell the whole distribution of a token. Sample with "
+            "the transformers backend, or choose an algorithm that needs none"
+        )
 
 
 def eos_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:

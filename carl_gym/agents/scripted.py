@@ -76,9 +76,11 @@ class ScriptedPolicy(ABC):
         greedy = request.temperature == 0
         action = actions[0] if greedy else random.Random(request.seed).choice(actions)
         tokens = action.encode()[: request.max_tokens]
-        logprobs = (-math.log(len(actions)), *(0.0,) * (len(tokens) - 1))
+        spread, certain = math.log(len(actions)), (0.0,) * (len(tokens) - 1)  # the first token makes the choice
+        logprobs, entropies = (-spread, *certain), (spread, *certain) if request.entropies else ()
         complete = len(tokens) == len(action.encode())
-        return Completion(tuple(tokens), logprobs, tokens.decode(errors="ignore"), "stop" if complete else "length")
+        text = tokens.decode(errors="ignore")
+        return Completion(tuple(tokens), logprobs, text, "stop" if complete else "length", entropies)
 
     def _question(self, state: EnvState) -> Question:
         return self.task.questions[state.question_id]

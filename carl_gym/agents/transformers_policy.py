@@ -39,6 +39,9 @@ class TransformersPolicy:
             one that changes its logits after the output head.
     """
 
+    gives_entropies = True
+    """`Completion.entropies` are filled in where they are asked for."""
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -173,10 +176,14 @@ class TransformersPolicy:
 
     def _step(self) -> None:
         """One token more for everything under way."""
-        tokens, logprobs = self._batch.step()
+        tokens, logprobs, entropies = self._batch.step()
         done = []
         for row, slot in enumerate(self._batch.slots):
-            if slot is not None and self._append(slot, tokens[row], logprobs[row]):
+            if slot is None:
+                continue
+            if slot.request.entropies:
+                slot.entropies.append(entropies[row])
+            if self._append(slot, tokens[row], logprobs[row]):
                 done.append(row)
                 self._complete.append(slot)
         if done:
@@ -205,4 +212,5 @@ class TransformersPolicy:
 
     def _completion(self, slot: Slot) -> Completion:
         shown = slot.tokens[:-1] if slot.finish == "eos" else slot.tokens
-        return Completion(tuple(slot.tokens), tuple(slot.logprobs), self.tokenizer.decode(shown), slot.finish)
+        text = self.tokenizer.decode(shown)
+        return Completion(tuple(slot.tokens), tuple(slot.logprobs), text, slot.finish, tuple(slot.entropies))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 
-from carl_gym.agents.policy import SampleRequest
+from carl_gym.agents.policy import SampleRequest, refuse_entropies
 from carl_gym.errors import PolicyError
 
 if TYPE_CHECKING:
@@ -154,7 +154,11 @@ def sampling_parameters(request: SampleRequest, stop: Sequence[str], eos: Iterab
     """Arguments of vLLM's SamplingParams, for both the engine and the server.
 
     Everything that a model's generation config could change is set: the distribution must be the model's own.
+
+    Raises:
+        PolicyError: the request asks for exact entropies, which vLLM does not give.
     """
+    refuse_entropies([request], "vLLM")
     return {
         "temperature": request.temperature, "seed": request.seed % 2**63, "max_tokens": request.max_tokens,
         "logprobs": 0, "stop": list(stop), "include_stop_str_in_output": True, "stop_token_ids": sorted(eos),

@@ -1,6 +1,19 @@
 """Algorithms as named combinations of explorer, credit and selection, one file each; the trainer is blind to them."""
 
-from carl_gym.algorithms import carl, grpo  # noqa: F401  registers them
+from carl_gym.algorithms import (  # noqa: F401  registers them
+    a2tgpo,
+    arpo,
+    carl,
+    dr_grpo,
+    grpo,
+    lite_ppo,
+    mapo,
+    ppo,
+    rloo,
+    tree_grpo,
+    treerl,
+    vineppo,
+)
 from carl_gym.algorithms.algorithm import (
     Algorithm,
     CriticSettings,

@@ -15,6 +15,7 @@ import torch
 
 from carl_gym.agents.agent import Agent
 from carl_gym.errors import DataError
+from carl_gym.training.critic import Critic
 from carl_gym.training.learner import Learner
 
 KEEP = 2
@@ -40,7 +41,9 @@ class Progress:
     tokens_trained: int = 0
 
 
-def save_checkpoint(output_dir: Path, progress: Progress, agent: Agent, learner: Learner, run_id: str) -> Path:
+def save_checkpoint(
+    output_dir: Path, progress: Progress, agent: Agent, learner: Learner, run_id: str, critic: Critic | None = None
+) -> Path:
     """Write a checkpoint and drop all but the newest two."""
     folder = output_dir / "checkpoints"
     final = folder / f"step-{progress.step:06d}"
@@ -54,6 +57,7 @@ def save_checkpoint(output_dir: Path, progress: Progress, agent: Agent, learner:
         "rng": torch.get_rng_state(),
         "policy_version": agent.policy.version,
         "run_id": run_id,
+        "critic": critic.state_dict() if critic else None,
     }
     torch.save(state, partial / STATE_FILE)
     for path in [*partial.iterdir(), partial]:
@@ -72,8 +76,8 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted((output_dir / "checkpoints").glob("step-*"))
 
 
-def load_checkpoint(folder: Path, agent: Agent, learner: Learner) -> Progress:
-    """Put optimiser, random numbers and policy version back as they were; the agent was loaded from the folder.
+def load_checkpoint(folder: Path, agent: Agent, learner: Learner, critic: Critic | None = None) -> Progress:
+    """Put optimiser, critic, random numbers and policy version back as they were; the agent was loaded from the folder.
 
     Raises:
         DataError: the trainer's state cannot be read.
@@ -81,6 +85,8 @@ def load_checkpoint(folder: Path, agent: Agent, learner: Learner) -> Progress:
     try:
         state = torch.load(folder / STATE_FILE, weights_only=True)
         learner.optimizer.load_state_dict(state["optimizer"])
+        if critic is not None:
+            critic.load_state_dict(state["critic"])
         progress = Progress(*state["progress"])
     except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise DataError(

@@ -88,6 +88,8 @@ class TrainConfig:
     """Questions to train on."""
     eval_questions: int = 500
     """Held-out questions per evaluation; 0 for none."""
+    curve_questions: int | None = None
+    """Held-out questions of the evaluations before the last one; all by default."""
     eval_every: int = 10
     """Steps between evaluations; one comes before the first step and one after the last."""
     eval_actions: int | None = None
@@ -123,7 +125,7 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_actions", "eval_actions", "threads"):
+        for name in ("max_actions", "curve_questions", "eval_actions", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1 where it is given, not {value}")
         for name in ("learning_rate", "temperature", "max_grad_norm"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from statistics import fmean
 
 from carl_gym.agents.agent import Agent
 from carl_gym.algorithms import Algorithm
@@ -11,10 +13,14 @@ from carl_gym.errors import ConfigError
 from carl_gym.rollouts.environment import EnvTask
 from carl_gym.rollouts.tree import RolloutTree
 from carl_gym.training.config import TrainConfig
+from carl_gym.training.critic import Critic
 
 
 class TreeScores:
     """Fills `RolloutTree.scores` with what `Algorithm.requires` names.
+
+    Attributes:
+        critic: the one that learns beside the policy, where one is required.
 
     Raises:
         ConfigError: the environment, the questions or the agent lack something that the algorithm requires.
@@ -42,9 +48,34 @@ class TreeScores:
                 "give; use backend transformers, or choose another algorithm"
             )
 
+        self.critic: Critic | None = None
+        if algorithm.critic is not None and agent.model is not None:
+            self.critic = Critic(
+                agent.model,
+                learning_rate=algorithm.critic.learning_rate,
+                max_grad_norm=config.max_grad_norm,
+                packing=config.packing,
+                batch_tokens=config.batch_tokens,
+            )
+
     def measure(self, trees: Sequence[RolloutTree]) -> None:
         """Write the scores of finished trees into them."""
+        if self.critic is not None:
+            self.critic.score(trees)
 
-    def learn(self, trees: Sequence[RolloutTree], minibatches: int) -> dict[str, float]:
-        """Let the critic learn from the trees of a step; its metrics."""
-        return {}
+    def learn(self, trees: Sequence[RolloutTree], cuts: Sequence[int]) -> dict[str, float]:
+        """Let the critic take as many optimiser steps as the policy, on the same minibatches.
+
+        Args:
+            trees: measured.
+            cuts: bounds of the minibatches, from 0 to the number of trees.
+
+        Returns:
+            the critic's metrics, means over minibatches; none without a critic.
+        """
+        if self.critic is None or self._algorithm.critic is None:
+            return {}
+        targets = self._algorithm.critic.targets(trees)  # of all, before the critic changes
+        found = [self.critic.update(trees[start:end], targets[start:end]) for start, end in itertools.pairwise(cuts)]
+        learned = [metrics for metrics in found if metrics]
+        return {name: fmean(metrics[name] for metrics in learned) for name in learned[0]} if learned else {}

@@ -107,7 +107,9 @@ class Trainer:
         on_gpu = self.agent.model.device.type == "cuda"
         self.profiler = Profiler(profile, synchronize=torch.cuda.synchronize if on_gpu else None)
         self.scores = TreeScores(self.algorithm, config, self.task, self.questions, self.agent)
-        self.progress = load_checkpoint(saved[-1], self.agent, self.learner) if saved else Progress()
+        self.progress = (
+            load_checkpoint(saved[-1], self.agent, self.learner, self.scores.critic) if saved else Progress()
+        )
         self.canary = None if self.agent.shares_weights else self._canary()
         self.tracker = self._tracker()
         self.history = self._kept_history()
@@ -152,7 +154,14 @@ class Trainer:
         logged = self._log(metrics)
         if self.progress.step % self.config.save_every == 0 or self._done():
             with self.profiler.span("checkpoint"):
-                save_checkpoint(self.config.output_dir, self.progress, self.agent, self.learner, self.tracker.run_id)
+                save_checkpoint(
+                    self.config.output_dir,
+                    self.progress,
+                    self.agent,
+                    self.learner,
+                    self.tracker.run_id,
+                    critic=self.scores.critic,
+                )
         return logged
 
     def _evaluation_is_due(self, before: int) -> bool:
@@ -192,7 +201,7 @@ class Trainer:
         cuts = [len(credited) * i // self.config.minibatches for i in range(self.config.minibatches + 1)]
         with self.profiler.span("update"), self.agent.resting():
             updates = [self._update(credited[start:end]) for start, end in itertools.pairwise(cuts)]
-            learned = self.scores.learn(trees, self.config.minibatches)
+            learned = self.scores.learn(trees, cuts)
         updated = time.perf_counter()
         with self.profiler.span("sync"):
             gap = self._sync()
@@ -256,10 +265,11 @@ class Trainer:
         """Held-out scores, sampled at the training temperature and greedy."""
         found: dict[str, float] = {}
         by_question: dict[str, list[object]] = {}
+        questions = self.eval_questions if self._done() else self.eval_questions[: self.config.curve_questions]
         for name, temperature in (("sampled", self.config.temperature), ("greedy", 0.0)):
             if self.eval_questions:
                 with self.profiler.span("evaluation"):
-                    episodes = self._play(temperature)
+                    episodes = self._play(questions, temperature)
                 found |= summarise(episodes).metrics(f"eval/{name}")
                 by_question["questions"] = [e.question_id for e in episodes]
                 by_question |= {f"{name}_em": [e.em for e in episodes], f"{name}_f1": [e.f1 for e in episodes]}
@@ -271,11 +281,9 @@ class Trainer:
             self.agent.sync()
         return found
 
-    def _play(self, temperature: float) -> list[Episode]:
+    def _play(self, questions: Sequence[Question], temperature: float) -> list[Episode]:
         agent, seed = self.agent, self.config.seed
-        parts = play(
-            self.eval_task, agent.policy, agent.transcript, self.eval_questions, temperature=temperature, seed=seed
-        )
+        parts = play(self.eval_task, agent.policy, agent.transcript, questions, temperature=temperature, seed=seed)
         return list(itertools.chain.from_iterable(parts))
 
     def _log(self, metrics: dict[str, float]) -> dict[str, float]:
