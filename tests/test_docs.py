@@ -1,4 +1,4 @@
-"""The examples of README and docs run as they stand. (docs/adding-an-algorithm.md has its own test.)"""
+"""The examples of README and docs run as they stand. (docs/algorithms.md has its own test.)"""
 
 from __future__ import annotations
 
