@@ -15,6 +15,7 @@ from training_runs import STEPS, config, last_checkpoint, metrics, mlflow_steps,
 
 from carl_gym.agents.agent import load_agent
 from carl_gym.agents.policy import SampleRequest
+from carl_gym.algorithms import algorithm_names
 from carl_gym.envs.state import Question
 from carl_gym.errors import ConfigError
 from carl_gym.paths import PACKAGE
@@ -159,6 +160,35 @@ def test_other_algorithms_train_too(changes, tiny_agent_folder, tmp_path, uri):
         assert row["rollout/actions_trained"] == row["rollout/actions_generated"]
     assert not any(name.startswith("eval/") for row in found.rows for name in row)
     assert not (found.folder / "learning_curve.png").exists()
+
+
+SMALL: dict[str, tuple[str, ...]] = {
+    "ppo": ("rollouts=3",),
+    "vineppo": ("main=2", "auxiliary=1"),
+    "tree-grpo": ("trees=2", "expansions=1"),
+    "treerl": ("trees=2", "forks=1"),
+    "arpo": ("initial=2", "rollouts=4"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in algorithm_names() if not name.startswith("carl")])
+def test_every_algorithm_trains(name, tiny_agent_folder, tmp_path, uri):
+    settings = SMALL.get(name, ("rollouts=4",))
+    found = train(
+        tiny_agent_folder,
+        tmp_path / "run",
+        uri,
+        algorithm=name,
+        algorithm_args=settings,
+        forks=None,
+        steps=1,
+        eval_questions=0,
+        temperature=1.3,  # so that the rollouts of a question differ
+    )
+    row = found.rows[-1]
+    assert 0 < row["rollout/actions_with_advantage"] <= row["rollout/actions_trained"]
+    assert row["update/grad_norm"] > 0 and row["update/skipped"] == 0
+    assert row["update/logprob_gap"] < 1e-3  # sampler and learner agree, whatever the trees look like
 
 
 def test_a_budget_of_actions_ends_the_run_and_the_last_step_is_evaluated_and_saved(tiny_agent_folder, tmp_path, uri):

@@ -27,13 +27,14 @@ from carl_gym.rollouts.tree import RolloutTree
 Emphasis = Callable[[RolloutTree], list[FloatArray]]
 """A factor for every token of every action, by node id (an empty array at roots): what multiplies its advantage."""
 
-Requirement = Literal["critic", "gold answers", "repeated states", "entropies"]
+Requirement = Literal["critic", "gold answers", "repeated states", "entropies", "thoughts"]
 """What an algorithm needs beside trees.
 
     critic            a learned V of every state, in `tree.scores["state_value"]`
     gold answers      how likely the agent finds them in every state, in `tree.scores["answer_logprob"]`
     repeated states   observations that come up more than once in the rollouts of a question
     entropies         those of the distributions that tokens were drawn from, in `Completion.entropies`
+    thoughts          how many of an action's first tokens are its thought, in `tree.scores["reasoning_tokens"]`
 """
 
 

@@ -8,10 +8,12 @@ from statistics import fmean
 
 from carl_gym.agents.agent import Agent
 from carl_gym.algorithms import Algorithm
+from carl_gym.algorithms.actfocus import count_reasoning
 from carl_gym.envs.state import Question
 from carl_gym.errors import ConfigError
 from carl_gym.rollouts.environment import EnvTask
 from carl_gym.rollouts.tree import RolloutTree
+from carl_gym.training.answer_scores import AnswerEncoder, answer_encoder, answer_logprobs
 from carl_gym.training.config import TrainConfig
 from carl_gym.training.critic import Critic
 
@@ -47,7 +49,14 @@ class TreeScores:
                 f"{needs} the exact entropies of the sampled tokens, which {type(agent.policy).__name__} does not "
                 "give; use backend transformers, or choose another algorithm"
             )
-
+        if "thoughts" in algorithm.requires and agent.tokenizer is None:
+            raise ConfigError(f"{needs} the agent's tokenizer, and {agent.card.id!r} is hosted; use a model of yours")
+        self._agent, self._config = agent, config
+        self._answers: AnswerEncoder | None = None
+        if "gold answers" in algorithm.requires:
+            self._answers = answer_encoder(agent)
+            for question in questions:
+                self._answers(question)  # refused here, before anything is sampled
         self.critic: Critic | None = None
         if algorithm.critic is not None and agent.model is not None:
             self.critic = Critic(
@@ -62,6 +71,21 @@ class TreeScores:
         """Write the scores of finished trees into them."""
         if self.critic is not None:
             self.critic.score(trees)
+        agent, config = self._agent, self._config
+        if self._answers is not None and agent.model is not None:
+            answer_logprobs(
+                agent.model,
+                self._answers,
+                trees,
+                context=agent.transcript.context,
+                batch_tokens=config.batch_tokens,
+                packing=config.packing,
+                temperature=config.temperature,
+            )
+        if "thoughts" in self._algorithm.requires and agent.tokenizer is not None:
+            opening = str(getattr(agent.transcript, "opening", ""))
+            opened = opening.rfind("<think>") > opening.rfind("</think>")
+            count_reasoning(trees, agent.tokenizer.decode, opened=opened)
 
     def learn(self, trees: Sequence[RolloutTree], cuts: Sequence[int]) -> dict[str, float]:
         """Let the critic take as many optimiser steps as the policy, on the same minibatches.
