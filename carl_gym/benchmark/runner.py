@@ -1,0 +1,231 @@
+"""Runs the cells of a plan, some at a time, each in a process and a folder of its own.
+
+Everything can be stopped at any time: finished cells stay in the records, broken-off ones go on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from filelock import FileLock, Timeout
+
+from carl_gym.benchmark.cell_process import TAKEN, lock_path
+from carl_gym.benchmark.plan import Cell, Plan, settings
+from carl_gym.benchmark.records import Records, is_finished, record_of
+from carl_gym.errors import CarlGymError, ConfigError
+from carl_gym.training.config import CONFIG_FILE
+
+POLL = 0.2
+"""Seconds between looks at the processes."""
+RETRY = 10.0
+"""Seconds after which a cell that another runner trains is looked at again."""
+GRACE = 20.0
+"""Seconds that a process has to end after it was asked to."""
+
+
+@dataclass
+class Outcome:
+    """What came of running.
+
+    Attributes:
+        trained: cells that this runner finished.
+        failed: name -> the last lines that the cell's process wrote.
+        left: cells of the plan that are not finished, failed ones included.
+    """
+
+    trained: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    left: int = 0
+
+
+def check_folders(plan: Plan, records: Records) -> None:
+    """Refuse run folders that were made with other settings.
+
+    Raises:
+        ConfigError: names the folder and what differs.
+    """
+    for cell in plan.possible_cells():
+        path = cell.config.output_dir / CONFIG_FILE
+        if records.get(cell) is not None or not path.is_file():
+            continue
+        try:
+            before = settings(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path} cannot be read ({error}); remove the folder to run the cell anew") from error
+        now = settings(cell.config.as_dict())
+        names = sorted({*before, *now})
+        if changed := [f"{n}: {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n)]:
+            raise ConfigError(
+                f"{path.parent} was made with other settings ({'; '.join(changed)}); give the same ones, or another "
+                "--output-dir"
+            )
+
+
+def run_cells(
+    plan: Plan, records: Records, *, workers: int, time_limit: float | None, say: Callable[[str], None]
+) -> Outcome:
+    """Run what is not in the records yet, and put it there.
+
+    Args:
+        plan: the grid.
+        records: finished cells; every cell that gets finished is added.
+        workers: processes at a time.
+        time_limit: seconds after which no further cell is started; those that run are waited for.
+        say: gets a line about every cell that starts, ends or fails.
+
+    Raises:
+        ConfigError: a run folder was made with other settings; nothing was started then.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the processes were stopped, and everything can go on.
+    """
+    check_folders(plan, records)
+    outcome = Outcome()
+    running: dict[str, tuple[Cell, subprocess.Popen[bytes], float]] = {}
+    elsewhere: dict[str, float] = {}
+    started, look_at = time.monotonic(), 0.0  # look_at: when to look again for a cell that could start
+
+    def may_start() -> bool:
+        return time_limit is None or time.monotonic() - started < time_limit
+
+    def startable() -> Iterator[Cell]:
+        for cell in plan.cells(records.score):
+            if records.get(cell) is None and not {cell.name} & {*running, *outcome.failed, *elsewhere}:
+                yield cell
+
+    def keep(cell: Cell) -> None:
+        try:
+            record = record_of(cell)
+        except CarlGymError as error:
+            outcome.failed[cell.name] = str(error)
+            say(f"{cell.name} failed: {error}")
+            return
+        records.add(record)
+        outcome.trained.append(cell.name)
+        scores = f"EM {record.last('sampled_em'):.3f} sampled, {record.last('greedy_em'):.3f} greedy"
+        say(f"{cell.name} is finished: {scores}, {record.last('seconds') / 60:.1f} minutes")
+
+    try:
+        with _terminable():
+            while True:
+                for name, (cell, process, since) in list(running.items()):
+                    if (code := process.poll()) is None:
+                        continue
+                    del running[name]
+                    look_at = 0.0
+                    if code == 0:
+                        keep(cell)
+                    elif code == TAKEN:
+                        elsewhere[name] = time.monotonic() + RETRY
+                    else:
+                        outcome.failed[name] = _keep_apart(plan.folder, name)
+                        seconds = time.monotonic() - since
+                        say(f"{name} failed with exit code {code} after {seconds:.0f} s: {outcome.failed[name]}")
+                if len(running) < workers and may_start() and time.monotonic() >= look_at:
+                    records.reload()
+                    elsewhere = {name: until for name, until in elsewhere.items() if until > time.monotonic()}
+                    following = next(startable(), None)
+                    if following is None:
+                        look_at = min([time.monotonic() + RETRY, *elsewhere.values()])
+                    elif is_finished(following):
+                        keep(following)  # its runner was stopped before it could
+                        continue
+                    elif _is_locked(plan.folder, following):
+                        elsewhere[following.name] = time.monotonic() + RETRY
+                        continue
+                    else:
+                        goes_on = (following.config.output_dir / CONFIG_FILE).is_file()
+                        say(f"{following.name} {'goes on' if goes_on else 'begins'}")
+                        running[following.name] = (following, _start(plan.folder, following), time.monotonic())
+                        continue
+                if not running and not (elsewhere and may_start()):
+                    break
+                time.sleep(POLL)
+    finally:
+        _stop(process for _, process, _ in running.values())
+    outcome.left = plan.size() - sum(records.get(cell) is not None for cell in plan.cells(records.score))
+    return outcome
+
+
+def _start(folder: Path, cell: Cell) -> subprocess.Popen[bytes]:
+    """A process of its own session: Ctrl-C reaches the runner alone, which then stops its processes."""
+    lock, log = lock_path(folder, cell.name), log_path(folder, cell.name)
+    for path in (lock, log):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    config = {name: value for name, value in cell.config.as_dict().items() if value is not None}
+    threads = str(cell.config.threads or 1)
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            cell_command(lock, json.dumps(config)),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def cell_command(lock: Path, config: str) -> list[str]:
+    """What trains a cell: exit code 0 when it is finished, `TAKEN` when another process trains it."""
+    return [sys.executable, "-m", "carl_gym.benchmark.cell_process", str(lock), config]
+
+
+def log_path(folder: Path, cell: str) -> Path:
+    """What a cell's process writes."""
+    return folder / "logs" / f"{cell.replace('/', '-')}.log"
+
+
+def _keep_apart(folder: Path, cell: str) -> str:
+    """Copy the log of a failed cell to where the next try does not overwrite it; gives its last lines."""
+    log = log_path(folder, cell)
+    apart = folder / "failed" / f"{log.stem}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    apart.parent.mkdir(exist_ok=True)
+    shutil.copyfile(log, apart)
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"{' / '.join(lines[-3:]) or 'no output'} ({apart})"
+
+
+def _is_locked(folder: Path, cell: Cell) -> bool:
+    path = lock_path(folder, cell.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _stop(processes: Iterator[subprocess.Popen[bytes]]) -> None:
+    alive = [process for process in processes if process.poll() is None]
+    for process in alive:
+        process.terminate()
+    for process in alive:
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM stops as Ctrl-C does while it lasts."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
