@@ -6,6 +6,7 @@ Everything can be stopped at any time: finished cells stay in the records, broke
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ from filelock import FileLock, Timeout
 from carl_gym.benchmark.cell_process import TAKEN, lock_path
 from carl_gym.benchmark.plan import Cell, Plan, settings
 from carl_gym.benchmark.records import Records, is_finished, record_of
-from carl_gym.errors import CarlGymError, ConfigError
+from carl_gym.errors import ConfigError, DataError
 from carl_gym.training.config import CONFIG_FILE
 
 POLL = 0.2
@@ -89,71 +90,105 @@ def run_cells(
         KeyboardInterrupt: Ctrl-C or SIGTERM; the processes were stopped, and everything can go on.
     """
     check_folders(plan, records)
-    outcome = Outcome()
-    running: dict[str, tuple[Cell, subprocess.Popen[bytes], float]] = {}
-    elsewhere: dict[str, float] = {}
-    started, look_at = time.monotonic(), 0.0  # look_at: when to look again for a cell that could start
-
-    def may_start() -> bool:
-        return time_limit is None or time.monotonic() - started < time_limit
-
-    def startable() -> Iterator[Cell]:
-        for cell in plan.cells(records.score):
-            if records.get(cell) is None and not {cell.name} & {*running, *outcome.failed, *elsewhere}:
-                yield cell
-
-    def keep(cell: Cell) -> None:
-        try:
-            record = record_of(cell)
-        except CarlGymError as error:
-            outcome.failed[cell.name] = str(error)
-            say(f"{cell.name} failed: {error}")
-            return
-        records.add(record)
-        outcome.trained.append(cell.name)
-        scores = f"EM {record.last('sampled_em'):.3f} sampled, {record.last('greedy_em'):.3f} greedy"
-        say(f"{cell.name} is finished: {scores}, {record.last('seconds') / 60:.1f} minutes")
-
+    runner = _Runner(plan, records, workers, math.inf if time_limit is None else time.monotonic() + time_limit, say)
     try:
         with _terminable():
-            while True:
-                for name, (cell, process, since) in list(running.items()):
-                    if (code := process.poll()) is None:
-                        continue
-                    del running[name]
-                    look_at = 0.0
-                    if code == 0:
-                        keep(cell)
-                    elif code == TAKEN:
-                        elsewhere[name] = time.monotonic() + RETRY
-                    else:
-                        outcome.failed[name] = _keep_apart(plan.folder, name)
-                        seconds = time.monotonic() - since
-                        say(f"{name} failed with exit code {code} after {seconds:.0f} s: {outcome.failed[name]}")
-                if len(running) < workers and may_start() and time.monotonic() >= look_at:
-                    records.reload()
-                    elsewhere = {name: until for name, until in elsewhere.items() if until > time.monotonic()}
-                    following = next(startable(), None)
-                    if following is None:
-                        look_at = min([time.monotonic() + RETRY, *elsewhere.values()])
-                    elif is_finished(following):
-                        keep(following)  # its runner was stopped before it could
-                        continue
-                    elif _is_locked(plan.folder, following):
-                        elsewhere[following.name] = time.monotonic() + RETRY
-                        continue
-                    else:
-                        goes_on = (following.config.output_dir / CONFIG_FILE).is_file()
-                        say(f"{following.name} {'goes on' if goes_on else 'begins'}")
-                        running[following.name] = (following, _start(plan.folder, following), time.monotonic())
-                        continue
-                if not running and not (elsewhere and may_start()):
-                    break
+            while runner.tick():
                 time.sleep(POLL)
     finally:
-        _stop(process for _, process, _ in running.values())
-    outcome.left = plan.size() - sum(records.get(cell) is not None for cell in plan.cells(records.score))
-    return outcome
+        runner.stop()
+    runner.outcome.left = plan.size() - sum(records.get(cell) is not None for cell in plan.cells(records.score))
+    return runner.outcome
+
+
+@dataclass
+class _Runner:
+    """What runs at the moment.
+
+    Attributes:
+        plan, records, workers, say: see `run_cells`.
+        deadline: time after which nothing is started.
+        outcome: so far.
+        running: cells with their processes, by name.
+        elsewhere: cells that other runners train -> when to look at them again.
+        look_at: when to look again for a cell that could start.
+    """
+
+    plan: Plan
+    records: Records
+    workers: int
+    deadline: float
+    say: Callable[[str], None]
+    outcome: Outcome = field(default_factory=Outcome)
+    running: dict[str, tuple[Cell, subprocess.Popen[bytes]]] = field(default_factory=dict)
+    elsewhere: dict[str, float] = field(default_factory=dict)
+    look_at: float = 0.0
+
+    def tick(self) -> bool:
+        """Take in what has ended and start what can be started; False when there is nothing left to wait for."""
+        for cell, process in list(self.running.values()):
+            if (code := process.poll()) is not None:
+                self._ended(cell, code)
+        while self._may_start() and len(self.running) < self.workers and time.monotonic() >= self.look_at:
+            self._start_next()
+        return bool(self.running) or (bool(self.elsewhere) and self._may_start())
+
+    def stop(self) -> None:
+        """End the processes; their runs can go on later."""
+        alive = [process for _, process in self.running.values() if process.poll() is None]
+        for process in alive:
+            process.terminate()
+        for process in alive:
+            try:
+                process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _may_start(self) -> bool:
+        return time.monotonic() < self.deadline
+
+    def _start_next(self) -> None:
+        """Start the next cell, or find out why it cannot be started now."""
+        self.records.reload()
+        self.elsewhere = {name: until for name, until in self.elsewhere.items() if until > time.monotonic()}
+        skipped = {*self.running, *self.outcome.failed, *self.elsewhere}
+        missing = (cell for cell in self.plan.cells(self.records.score) if self.records.get(cell) is None)
+        cell = next((cell for cell in missing if cell.name not in skipped), None)
+        if cell is None:
+            self.look_at = min([time.monotonic() + RETRY, *self.elsewhere.values()])
+        elif _is_locked(self.plan.folder, cell):
+            self.elsewhere[cell.name] = time.monotonic() + RETRY
+        elif is_finished(cell):
+            self._keep(cell)  # its runner was stopped before it could
+        else:
+            goes_on = (cell.config.output_dir / CONFIG_FILE).is_file()
+            self.say(f"{cell.name} {'goes on' if goes_on else 'begins'}")
+            self.running[cell.name] = (cell, _start(self.plan.folder, cell))
+
+    def _ended(self, cell: Cell, code: int) -> None:
+        del self.running[cell.name]
+        self.look_at = 0.0
+        if code == 0:
+            self._keep(cell)
+        elif code == TAKEN:
+            self.elsewhere[cell.name] = time.monotonic() + RETRY
+        else:
+            reason = _keep_apart(self.plan.folder, cell.name)
+            self.outcome.failed[cell.name] = reason
+            self.say(f"{cell.name} failed with exit code {code}: {reason}")
+
+    def _keep(self, cell: Cell) -> None:
+        try:
+            record = record_of(cell)
+        except DataError as error:
+            self.outcome.failed[cell.name] = str(error)
+            self.say(f"{cell.name} failed: {error}")
+            return
+        self.records.add(record)
+        self.outcome.trained.append(cell.name)
+        scores = f"EM {record.last('sampled_em'):.3f} sampled, {record.last('greedy_em'):.3f} greedy"
+        self.say(f"{cell.name} is finished: {scores}, {record.last('seconds') / 60:.1f} minutes")
 
 
 def _start(folder: Path, cell: Cell) -> subprocess.Popen[bytes]:
@@ -203,18 +238,6 @@ def _is_locked(folder: Path, cell: Cell) -> bool:
             return False
     except Timeout:
         return True
-
-
-def _stop(processes: Iterator[subprocess.Popen[bytes]]) -> None:
-    alive = [process for process in processes if process.poll() is None]
-    for process in alive:
-        process.terminate()
-    for process in alive:
-        try:
-            process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 @contextmanager

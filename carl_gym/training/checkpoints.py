@@ -32,6 +32,8 @@ class Progress:
         actions_trained: in update sets so far.
         seconds: of rollouts and updates so far.
         tokens_trained: tokens of the actions in update sets so far.
+        cpu_seconds: processor time of this process in rollouts and updates so far, which other programs on the machine
+            change less.
     """
 
     step: int = 0
@@ -39,6 +41,7 @@ class Progress:
     actions_trained: int = 0
     seconds: float = 0.0
     tokens_trained: int = 0
+    cpu_seconds: float = 0.0
 
 
 def save_checkpoint(

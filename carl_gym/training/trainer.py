@@ -176,7 +176,7 @@ class Trainer:
         return spent or self.progress.step >= self.config.steps
 
     def _train_step(self, step: int) -> dict[str, float]:
-        timings, started = Timings(), time.perf_counter()
+        timings, started, cpu = Timings(), time.perf_counter(), time.process_time()
         questions = take_questions(self.questions, step - 1, self.config.questions_per_step, self.config.seed)
         with self.profiler.span("rollout"):
             trees = collect(
@@ -214,6 +214,7 @@ class Trainer:
             actions_trained=self.progress.actions_trained + sum(int(c.selected.sum()) for c in credited),
             seconds=self.progress.seconds + ended - started,
             tokens_trained=self.progress.tokens_trained + sum(map(trained_tokens, credited)),
+            cpu_seconds=self.progress.cpu_seconds + time.process_time() - cpu,
         )
         return {
             **asdict(self.progress),
