@@ -77,7 +77,7 @@ BENCHMARKS = (
     Benchmark("server_speed", f"--data-dir ${DATA}/hotpotqa", 5, ("jnius", DATA)),
     Benchmark("startup", minutes=5),
     Benchmark("step_speed", "--threads 1", 15),
-    Benchmark("trl_comparison", "--seeds 0 1 2 --eval-every 3", 80, ("trl",)),
+    Benchmark("trl_comparison", "--seeds 0 1 --eval-every 3", 60, ("trl",)),
     Benchmark("vector_speed", "--sizes 64 64 64 1 8 256", 5, ("numba", DATA)),
     Benchmark("vllm_speed", minutes=10, needs=("vllm",)),
 )
