@@ -65,6 +65,7 @@ BENCHMARKS = (
     Benchmark("dense_speed", "--passages 10000 100000", 15, ("faiss", "sentence_transformers")),
     Benchmark("env_comparison", minutes=2),
     Benchmark("env_speed", f"--data-dir ${DATA}/hotpotqa", 3, (DATA,)),
+    Benchmark("fork_choice", minutes=10),
     Benchmark(
         "packing_speed",
         f"--data-dir ${DATA}/hotpotqa --questions 8 --long-questions 1 --repeats 1 --depths 4 8 --forks 4 16",

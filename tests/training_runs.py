@@ -45,10 +45,8 @@ def metrics(output_dir: Path) -> list[dict[str, float]]:
 
 
 def without_times(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [
-        {k: v for k, v in row.items() if k not in ("seconds", "cpu_seconds") and not k.startswith("time/")}
-        for row in rows
-    ]
+    kept = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "cpu_seconds")} for row in kept]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
