@@ -62,6 +62,7 @@ BENCHMARKS = (
     Benchmark("agent_speed", minutes=5),
     Benchmark("bm25_speed", f"--sizes 10000 100000 1000000 --data-dir ${DATA}/hotpotqa", 15, ("numba", "bm25s", DATA)),
     Benchmark("collector_speed", minutes=15, needs=("vllm",)),
+    Benchmark("credit_bench", minutes=8),
     Benchmark("dense_speed", "--passages 10000 100000", 15, ("faiss", "sentence_transformers")),
     Benchmark("env_comparison", minutes=2),
     Benchmark("env_speed", f"--data-dir ${DATA}/hotpotqa", 3, (DATA,)),

@@ -4,8 +4,9 @@ Importing the package registers every environment card: `gymnasium.make("carl/Ho
 """
 
 from carl_gym.envs.gym_env import SearchEnv
-from carl_gym.envs.registration import make_task, register_card, register_cards
+from carl_gym.envs.registration import make_task, register_card, register_cards, register_critical_tree
 
 __all__ = ["SearchEnv", "make_task", "register_card"]
 
 register_cards()
+register_critical_tree()

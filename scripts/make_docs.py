@@ -18,9 +18,11 @@ import tyro
 from carl_gym.cards import list_cards, load_card
 from carl_gym.envs import data, miniwiki
 from carl_gym.envs.cards import EnvCard
+from carl_gym.envs.critical_tree import CriticalTreeEnv, CriticalTreeSettings
 from carl_gym.envs.data_card import DataCard
 from carl_gym.envs.gym_env import SearchEnv
 from carl_gym.envs.questions import select
+from carl_gym.envs.registration import CRITICAL_TREE
 from carl_gym.envs.schemas import SCHEMAS
 from carl_gym.envs.spaces import ActionSpace, TextSpace
 
@@ -50,6 +52,7 @@ class Options:
 def main(options: Options) -> int:
     """Write or check every page; the exit status."""
     pages = {f"{path.stem.rpartition('-')[0]}.md": page(path) for path in list_cards("envs").values()}
+    pages["CriticalTree.md"] = critical_tree_page()
     stale = [name for name, text in pages.items() if not _is_current(options.folder / name, text)]
     stale += sorted(path.name for path in options.folder.glob("*.md") if path.name not in pages)
     if options.check:
@@ -91,6 +94,28 @@ def page(path: Path) -> str:
             parts.append(_data(card.data))
         parts.append(f"## {title}\n\n{text}")
     return "\n\n".join(parts) + "\n"
+
+
+def critical_tree_page() -> str:
+    """The page of the exact test bench, which has no card."""
+    sections = _sections(inspect.getdoc(CriticalTreeEnv) or "")
+    meanings = _entries(CriticalTreeSettings, "Attributes")
+    values = {
+        f"`{field.name}`": (f"`{field.default!r}`", meanings[field.name])
+        for field in dataclasses.fields(CriticalTreeSettings)
+    }
+    sections["Arguments"] += "\n\nThe shape of the world:\n\n" + _table(values, ("argument", "default", ""))
+    env = CriticalTreeEnv()
+    summary = {
+        "Make": f'`gym.make("{CRITICAL_TREE}")`, `gym.make_vec("{CRITICAL_TREE}", num_envs=N)`',
+        "Action space": f"`{env.action_space}`",
+        "Observation space": f"`{env.observation_space}`",
+        "Turns": str(env.task.settings.turns),
+    }
+    lead = "For measuring algorithms: a finite world in which everything can be computed exactly."
+    note = NOTE.replace("envs/{name}.toml and docstrings", "carl_gym/envs/critical_tree.py").replace("those", "that")
+    parts = ["# CriticalTree", note, lead, _table(summary)]
+    return "\n\n".join([*parts, *(f"## {title}\n\n{text}" for title, text in sections.items())]) + "\n"
 
 
 def _arguments(card: EnvCard) -> list[str]:

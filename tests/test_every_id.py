@@ -97,7 +97,7 @@ def actions(core: SearchEnv, rng: random.Random) -> list[str]:
 
 
 def test_these_are_all_the_ids() -> None:
-    assert sorted(id for id in gym.registry if id.startswith("carl/")) == sorted(IDS)
+    assert sorted(id for id in gym.registry if id.startswith("carl/")) == sorted([*IDS, "carl/CriticalTree-v0"])
 
 
 def test_gymnasiums_checker_is_content(env: gym.Env[Any, Any]) -> None:

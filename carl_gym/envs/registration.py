@@ -29,6 +29,8 @@ from carl_gym.retrieval.registry import make_retriever
 if TYPE_CHECKING:
     from carl_gym.envs.vector_env import SearchVectorEnv
 
+CRITICAL_TREE = "carl/CriticalTree-v0"
+
 _paths: dict[str, Path] = {}
 
 
@@ -50,6 +52,11 @@ def register_cards() -> None:
             _register(tomllib.loads(path.read_text(encoding="utf-8"))["id"], path)
         except (OSError, ValueError, KeyError, gym.error.Error) as error:
             warnings.warn(f"{path} is not registered: {error!r}", stacklevel=2)
+
+
+def register_critical_tree() -> None:
+    """Register the exact test bench. It has no card: there is neither data nor a retriever in it."""
+    gym.register(CRITICAL_TREE, entry_point="carl_gym.envs.critical_tree:CriticalTreeEnv")
 
 
 def make_task(card: str | Path | EnvCard, **kwargs: object) -> SearchTask:
