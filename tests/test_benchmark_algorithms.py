@@ -245,14 +245,17 @@ def test_points_sum_up_what_was_spent_until_each_evaluation():
     rows = [
         {"step": 0, "actions_generated": 0, "actions_trained": 0, "tokens_trained": 0, "seconds": 0.0, **evaluated},
         {"step": 1, "actions_generated": 9, "actions_trained": 4, "tokens_trained": 40, "seconds": 1.5,
-         "update/skipped": 1.0, "update/tokens": 100.0, "rollout/action_entropy": 0.4},
+         "update/skipped": 1.0, "update/tokens": 100.0, "rollout/action_entropy": 0.4,
+         "rollout/actions_with_advantage": 3.0},
         {"step": 2, "actions_generated": 19, "actions_trained": 9, "tokens_trained": 90, "seconds": 3.5,
-         "update/skipped": 0.0, "update/tokens": 50.0, "rollout/action_entropy": 0.2, **evaluated},
+         "update/skipped": 0.0, "update/tokens": 50.0, "rollout/action_entropy": 0.2,
+         "rollout/actions_with_advantage": 2.0, **evaluated},
     ]  # fmt: skip
     found = points(rows, minibatches=2)
     assert found["step"] == [0, 2] and found["actions_generated"] == [0, 19] and found["seconds"] == [0.0, 3.5]
     assert found["optimiser_steps"] == [0, 3]  # 2 - 1 skipped, then 2
     assert found["tokens_processed"] == [0, 150] and found["tokens_trained"] == [0, 90]
+    assert found["actions_with_advantage"] == [0, 5]
     assert found["entropy"] == [None, pytest.approx(0.3)]
     assert found["sampled_em"] == [0.25, 0.25] and found["greedy_f1"] == [0.6, 0.6]
     assert found["cpu_seconds"] == [None, None]

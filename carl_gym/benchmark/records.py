@@ -40,7 +40,8 @@ class Record:
         sampled_em, greedy_em: exact match per question of the last evaluation, see `pack`.
         sampled_em_before: likewise, before training; "" where it was not measured on all of the questions.
         points: per evaluation, from before training to the end, by name: step, actions_generated, actions_trained,
-            tokens_trained (of trained actions), tokens_processed (through the model in updates), optimiser_steps,
+            tokens_trained (of trained actions), actions_with_advantage (those trained actions whose advantage is not
+            0), tokens_processed (through the model in updates), optimiser_steps,
             seconds and cpu_seconds (of rollouts and updates), sampled_em, greedy_em, sampled_f1, greedy_f1, and
             entropy, the mean of `rollout/action_entropy` since the evaluation before. None where there is no value.
             The last evaluation has all questions, those before it the first `curve_questions` of the configuration.
@@ -210,6 +211,8 @@ def points(rows: Sequence[Mapping[str, float]], minibatches: int) -> dict[str, l
     found: dict[str, list[float | None]] = {
         name: [_rounded(rows[index].get(name)) for index in evaluated] for name in CUMULATIVE
     }
+    moved = np.cumsum([row.get("rollout/actions_with_advantage", 0.0) for row in rows])
+    found["actions_with_advantage"] = [int(moved[index]) for index in evaluated]
     found["optimiser_steps"] = [int(steps[index]) for index in evaluated]
     found["tokens_processed"] = [int(tokens[index]) for index in evaluated]
     for name in SCORES:
