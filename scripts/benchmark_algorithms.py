@@ -14,17 +14,18 @@ from rich.console import Console
 from carl_gym.benchmark.arms import EQUAL, Arm, assignments, parse_arms
 from carl_gym.benchmark.figures import draw_curves
 from carl_gym.benchmark.plan import Plan
-from carl_gym.benchmark.records import Records, start_weights
+from carl_gym.benchmark.records import Records, start_fingerprint
 from carl_gym.benchmark.report import full_report, provenance
 from carl_gym.benchmark.results import collect_results
 from carl_gym.benchmark.rise import CONTROL, rise_table, with_controls
-from carl_gym.benchmark.runner import Outcome, run_cells
+from carl_gym.benchmark.runner import Outcome, check_questions, run_cells
 from carl_gym.console import run_command
 from carl_gym.errors import ConfigError
 
 MINIWIKI = "MiniWiki-v0"
 UNBOUNDED = 1_000_000
 """Steps, where the budget of actions is what ends a run."""
+USUAL_REFERENCES = ("grpo", "carl-lite")
 RISE_STEPS, RISE_QUESTIONS_PER_STEP = 50, 4
 
 
@@ -79,10 +80,10 @@ class Options:
     rise: bool = False
     """Instead: short runs of every arm and of a control with shuffled advantages; the first must rise, the second must
     not."""
-    references: tuple[str, ...] = ("grpo", "carl-lite")
-    """Arms that the others are compared with."""
-    output_dir: Path = Path("runs/benchmark")
-    """Where the runs go."""
+    references: tuple[str, ...] | None = None
+    """Arms that the others are compared with; by default grpo and carl-lite, where they are among the arms."""
+    output_dir: Path | None = None
+    """Where the runs go; runs/benchmark, and runs/rise with --rise."""
     cells: Path | None = None
     """File with a line per finished cell, read and appended to; a cell found there is not run again. Small enough to
     commit; by default cells.jsonl in the output directory."""
@@ -100,8 +101,16 @@ class Options:
         for name in (*counts, "curve_questions", "train_questions", "threads", "workers"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        for name in ("cells", "report"):
+            if (path := getattr(self, name)) is not None and path.is_dir():
+                raise ConfigError(f"--{name} {path} is a folder; name a file in it")
         if self.time_limit is not None and not self.time_limit > 0:
             raise ConfigError(f"--time-limit must be a number of minutes above 0, not {self.time_limit}")
+
+    @property
+    def folder(self) -> Path:
+        """Where the runs go."""
+        return self.output_dir or Path("runs/rise" if self.rise else "runs/benchmark")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -116,9 +125,10 @@ def benchmark(options: Options, arguments: Sequence[str]) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     plan = make_plan(options)
-    records = Records(options.cells or options.output_dir / "cells.jsonl")
+    records = Records(options.cells or options.folder / "cells.jsonl")
     outcome = Outcome()
     if not options.only_report:
+        check_questions(plan)
         done = sum(records.get(cell) is not None for cell in plan.cells(records.score))
         say(f"{plan.size()} cells, {done} of them done; the finished ones go to {records.path}")
         limit = None if options.time_limit is None else 60 * options.time_limit
@@ -127,7 +137,7 @@ def benchmark(options: Options, arguments: Sequence[str]) -> None:
         except KeyboardInterrupt:
             say("stopped; the same command goes on from here")
             sys.exit(130)
-    page = options.report or options.output_dir / "report.md"
+    page = options.report or options.folder / "report.md"
     write_report(plan, records, options, page, f"python scripts/benchmark_algorithms.py {shlex.join(arguments)}")
     say(f"report: {page}")
     if outcome.left:
@@ -141,6 +151,8 @@ def benchmark(options: Options, arguments: Sequence[str]) -> None:
 def make_plan(options: Options) -> Plan:
     """The grid that the options ask for. Raises ConfigError on whatever cannot work, before anything is run."""
     arms = parse_arms(options.algorithms)
+    if missing := [name for name in options.references or () if name not in {arm.name for arm in arms}]:
+        raise ConfigError(f"--references {missing[0]}: not one of the arms {', '.join(arm.name for arm in arms)}")
     if options.rise:
         if taken := [arm.name for arm in arms if CONTROL in arm.name]:
             raise ConfigError(f"{taken[0]}: --rise adds the control of every arm by itself")
@@ -189,8 +201,8 @@ def make_plan(options: Options) -> Plan:
         rates=rates,
         search_seeds=options.search_seeds,
         seeds=seeds_by_arm(arms, options.seeds or (3 if options.rise else 5), options.seeds_of),
-        folder=options.output_dir,
-        start=start_weights(options.agent),
+        folder=options.folder,
+        start=start_fingerprint(options.agent, options.env),
     )
 
 
@@ -225,8 +237,9 @@ def write_report(plan: Plan, records: Records, options: Options, page: Path, com
             f"{rise_table(results)}\n"
         )
     else:
-        figures = draw_curves(results, options.references, page)
-        text = full_report(plan, records, results, references=options.references, command=command, figures=figures)
+        references = USUAL_REFERENCES if options.references is None else options.references
+        figures = draw_curves(results, references, page)
+        text = full_report(plan, records, results, references=references, command=command, figures=figures)
     page.write_text(text, encoding="utf-8")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from rich.console import Console
 from carl_gym.agents.card import resolve
 from carl_gym.agents.policy import Policy, Transcript
 from carl_gym.agents.scripted import SCRIPTED, ByteTranscript
+from carl_gym.benchmark.provenance import commit, machine
 from carl_gym.console import hide_model_bars, progress_bar, run_command, show_warnings
 from carl_gym.envs.state import EnvState
 from carl_gym.errors import ConfigError
@@ -89,11 +92,12 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(lambda: study(tyro.cli(Options, args=arguments)))
+    run_command(lambda: study(tyro.cli(Options, args=arguments), sys.argv[1:] if arguments is None else arguments))
 
 
-def study(options: Options) -> None:
+def study(options: Options, arguments: Sequence[str]) -> None:
     """Whatever can be wrong with options and data comes out before the first file is written."""
+    command = f"python scripts/measure_criticality.py {shlex.join(arguments)}"
     console = Console()
     show_warnings(console)
     check_agent(options)
@@ -114,7 +118,7 @@ def study(options: Options) -> None:
         else:
             show(console, describe(environment.as_dict()))
             run(environment, options, store, console)
-            summary = write_result(options, config, store.measured)
+            summary = write_result(options, config, store.measured, command)
     for table in tables(summary):
         console.print(table)
     show(console, f"states, result and figure: {options.output_dir}")
@@ -177,16 +181,19 @@ def load(environment: Environment, options: Options, stack: ExitStack) -> tuple[
     return agent.policy, agent.transcript, isinstance(agent.policy, TransformersPolicy)
 
 
-def write_result(options: Options, config: dict[str, Any], states: Sequence[MeasuredState]) -> dict[str, Any]:
+def write_result(
+    options: Options, config: dict[str, Any], states: Sequence[MeasuredState], command: str
+) -> dict[str, Any]:
     """JSON, page and figure; the summary. The JSON comes last: when it is there, all is there."""
     summary = summarise_criticality(states)
     folder = options.output_dir
-    about = {"agent": options.agent, "environment": options.env, "seed": options.seed, **config["setting"]}
+    made = {"command": command, "commit": commit(), "machine": machine()}
+    about = {**made, "agent": options.agent, "environment": options.env, "seed": options.seed, **config["setting"]}
     (folder / MARKDOWN_FILE).write_text(markdown(summary, about), encoding="utf-8")
     draw_criticality(states, summary, folder / "criticality", f"{options.agent} in {options.env}")
     derived = ("criticality", "score_criticality", "variance", "mean_return", "mean_h", "mean_exact_h", "fate")
     rows = [measured_values(state) | {name: getattr(state, name) for name in derived} for state in states]
-    write_json(folder / RESULT_FILE, {"config": config, "summary": summary, "states": rows})
+    write_json(folder / RESULT_FILE, {**made, "config": config, "summary": summary, "states": rows})
     return summary
 
 

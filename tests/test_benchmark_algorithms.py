@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -23,14 +24,14 @@ from carl_gym.benchmark.cell_process import lock_path
 from carl_gym.benchmark.figures import curve, figure_groups
 from carl_gym.benchmark.plan import Plan, settings_key
 from carl_gym.benchmark.provenance import sign, signatures
-from carl_gym.benchmark.records import Record, Records, pack, points, read_records, record_of, start_weights, unpack
-from carl_gym.benchmark.report import efficiency_table, main_table, paired_table, rates_table
+from carl_gym.benchmark.records import Record, Records, pack, points, read_records, record_of, start_fingerprint, unpack
+from carl_gym.benchmark.report import efficiency_table, main_table, paired_table, provenance, rates_table
 from carl_gym.benchmark.results import ArmResult, collect_results, compare_with
 from carl_gym.benchmark.rise import control_name, passes, rise, rise_table, with_controls
 from carl_gym.benchmark.runner import run_cells
-from carl_gym.errors import ConfigError, DataError
+from carl_gym.errors import CardError, CarlGymError, ConfigError, DataError
 from carl_gym.training.config import TrainConfig
-from scripts.benchmark_algorithms import Options, main, make_plan, merged, seeds_by_arm
+from scripts.benchmark_algorithms import Options, benchmark, main, make_plan, merged, seeds_by_arm
 
 ROOT = Path(__file__).parents[1]
 
@@ -173,7 +174,7 @@ def test_the_defaults_are_those_of_the_documented_benchmark():
     assert (final.config.seed, final.config.eval_args, final.config.eval_questions) == (0, (), 1000)
     assert final.config.env_args == ("hops=[2,3,4]",) and final.config.max_actions == 25_000
     assert final.config.eval_actions == 5_000 and first.config.eval_actions == 25_000
-    assert grid.start == start_weights("tiny") != ""
+    assert grid.start == start_fingerprint("tiny", Options().env)
 
 
 def test_the_rise_has_a_control_for_every_arm():
@@ -185,6 +186,7 @@ def test_the_rise_has_a_control_for_every_arm():
     assert {cell.config.learning_rate for cell in cells} == {3e-4} and len(cells) == grid.size() == 4 * 3
     assert [cell.config.shuffle_advantages for cell in cells[::3]] == [False, True, False, True]
     assert {cell.config.steps for cell in cells} == {50}
+    assert grid.folder != make_plan(Options()).folder, "a rise is another run than one of the benchmark"
     with pytest.raises(ConfigError, match="adds the control of every arm by itself"):
         make_plan(Options(algorithms=("grpo:shuffle_advantages=True",), rise=True))
 
@@ -197,6 +199,8 @@ def test_the_rise_has_a_control_for_every_arm():
         ({"settings": ("stepz=3",)}, "unknown training option 'stepz'"),
         ({"seeds_of": ("carol=3",)}, "--seeds-of carol=3: expected ARM=NUMBER"),
         ({"seeds_of": ("carl=x",)}, "--seeds-of carl=x: expected ARM=NUMBER"),
+        ({"references": ("gripo",)}, "--references gripo: not one of the arms carl, carl-lite, grpo"),
+        ({"search_seeds": (100, 100)}, r"the search seeds are \[100, 100\]: give each once"),
         ({"seeds_of": ("carl=0",)}, "every arm needs at least 1 seed"),
     ],
 )
@@ -231,6 +235,26 @@ def test_a_cell_is_known_by_what_it_computes_and_not_by_where_it_lies():
     for changed in ({"seed": 4}, {"max_actions": 5}, {"algorithm_args": ["a=1"]}):
         assert settings_key(config, "w") != settings_key({**config, **changed}, "w")
     assert settings_key(config, "w") != settings_key(config, "other weights")
+
+
+def test_the_start_of_a_cell_is_known_by_cards_and_weights(tmp_path):
+    text = (ROOT / "envs" / "MiniWiki-v0.toml").read_text()
+    agent = tmp_path / "agent"
+    agent.mkdir()
+    for name in ("agent.toml", "tokenizer.json", "model.safetensors"):
+        (agent / name).write_text('id = "mine"\ndescription = "."\nmodel = "."\n' if name == "agent.toml" else name)
+    card = tmp_path / "env.toml"
+    seen = []
+    for text_of_card, weights in ((text, "w"), (text.replace("turns = 10", "turns = 8"), "w"), (text, "v")):
+        card.write_text(text_of_card)
+        (agent / "model.safetensors").write_text(weights)
+        seen.append(start_fingerprint(str(agent), str(card)))
+    assert len(set(seen)) == 3
+    card.write_text(re.sub("description = .*", 'description = "Other words."', text))
+    (agent / "model.safetensors").write_text("w")
+    assert start_fingerprint(str(agent), str(card)) == seen[0]
+    with pytest.raises(CardError):
+        start_fingerprint("tiny", "carl/MiniWicki-v0")
 
 
 def test_options_that_a_record_is_too_old_to_know_count_as_their_default():
@@ -329,15 +353,38 @@ def test_arms_are_compared_by_question_and_common_seed():
     reference = result("grpo", [1, 0, 0, 0], [1, 0, 0, 0])
     better = result("carl", [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1])  # a third seed that the reference lacks
     equal = result("carl-lite", [1, 0, 0, 0])
-    first, second = compare_with(reference, [reference, better, equal])
+    first, second = compare_with(reference, [reference, better, equal], budget=32)
     assert (first.arm, first.seeds, second.seeds) == ("carl", (0, 1), (0,))
     assert first.difference == 0.5  # per question 0, 1, 1, 0
     assert first.p == 0.5  # two differences, the same way: 2 of the 4 sign assignments
-    assert first.p_holm == 1.0 and second.p == 1.0
+    assert math.isnan(first.p_seeds) and math.isnan(second.p_holm), "equal differences, or one, have no spread"
+    # After 32 of 40 actions the reference rose by (.25 - .1) / 5 = .03, the other by (.75 - .1) / 5 = .13.
+    assert first.at_budget == pytest.approx(0.5 - (0.13 - 0.03))
+    assert (first.greedy, first.greedy_low, first.greedy_high) == (0.0, 0.0, 0.0)
     assert first.low <= 0.5 <= first.high
     assert (first.probability, first.probability_low) == (1.0, 1.0) and second.probability == 0.5
     (row,) = paired_table([first]).splitlines()[2:]
-    assert "| carl | 2 | +50.0 [" in row and "| 0.5000 | 1.0000 | 1.00 [1.00, 1.00] |" in row
+    assert row.startswith("| carl | 2 | +50.0 [")
+    assert row.endswith("| +0.0 [+0.0, +0.0] | +40.0 | 0.5000 | - | - | 1.00 [1.00, 1.00] |")
+
+
+def test_p_values_over_seeds_are_adjusted_for_the_arms_that_have_them():
+    reference = result("grpo", [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0])
+    better = result("carl", [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0])  # .25 .5 .75
+    less = result("rloo", [0, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0])  # 0 .5 .25
+    single = result("carl-lite", [1, 0, 0, 0])
+    first, second, third = compare_with(reference, [better, less, single])
+    # t = 2 sqrt(3); with 2 degrees of freedom p = 1 - t / sqrt(2 + t^2): t^2 = 12, and 3.
+    assert first.p_seeds == pytest.approx(1 - math.sqrt(12 / 14))
+    assert second.p_seeds == pytest.approx(1 - math.sqrt(3 / 5))
+    assert first.p_holm == pytest.approx(2 * first.p_seeds) and second.p_holm == second.p_seeds
+    assert math.isnan(third.p_seeds) and math.isnan(third.p_holm) and math.isnan(first.at_budget)
+
+
+def test_a_page_counts_the_runs_of_each_commit(tmp_path):
+    records = [made("grpo", 0, [1], commit="a, b"), made("grpo", 1, [1], commit="b"), made("grpo", 2, [1], commit="b")]
+    text = provenance(plan(tmp_path), records, "command")
+    assert "- Commit: b (2 runs), a then b (1 runs)\n" in text
 
 
 def test_the_main_table_shows_what_was_spent_and_reached():
@@ -347,7 +394,7 @@ def test_the_main_table_shows_what_was_spent_and_reached():
     assert row.startswith("| grpo | 0.001 | 4 | 62.5 [")
     # The middle two of .5 .5 .5 1. Both of them are 1 when three or four of four drawn are: (12 + 1) / 256 = 5.1 %.
     assert "| 50.0 [50.0, 100.0] |" in row
-    assert row.endswith("| 100.0 | 50.0 | 40 | 20 | 200 | 2,000 | 8 | 2.0 | - |")
+    assert row.endswith("| 100.0 [100.0, 100.0] | 50.0 | 40 | 20 | 200 | 2,000 | 8 | 2.0 | - |")
     # From 10 at 0 actions to 62.5 at 40, so 10 + 52.5 * 8 / 40 = 20.5 at a quarter of 32.
     assert efficiency_table([four], 32).splitlines()[2] == "| grpo | 20.5 | 31.0 | 41.5 | 52.0 |"
     assert efficiency_table([four], 64).splitlines()[2] == "| grpo | 31.0 | 52.0 | - | - |"
@@ -395,9 +442,27 @@ def test_a_rise_is_paired_with_the_scores_before_training():
 
 def test_a_control_keeps_settings_and_rate():
     assert control_name("grpo") == "grpo:shuffle_advantages=True"
-    assert with_controls(parse_arms(["carl:initial=2@3e-4"])) == [
+    assert with_controls(parse_arms(["carl:initial=2@3e-4", "grpo"])) == [
         "carl:initial=2@3e-4", "carl:initial=2,shuffle_advantages=True@3e-4",
+        "grpo", "grpo:shuffle_advantages=True@grpo",
     ]  # fmt: skip
+    searched = make_plan(Options(algorithms=("grpo",), rise=True, rates=(1e-4, 1e-3)))
+    assert [len(searched.search_cells(arm)) for arm in searched.arms] == [4, 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"search_args": ("world=0",)}, "5 questions are in the search and in the final evaluation, such as miniwiki-"),
+        ({"search_args": ("wolrd=1",)}, "wolrd"),
+        ({"env": "carl/MiniWicki-v0", "rates": (1e-4,)}, "MiniWicki"),
+    ],
+)
+def test_questions_that_cannot_be_are_refused_before_anything_runs(tmp_path, toys, changes, message):
+    small = {"eval_questions": 5, "search_questions": 9, "train_questions": 5, "output_dir": tmp_path}
+    with pytest.raises(CarlGymError, match=message):
+        benchmark(Options(algorithms=("grpo",), **small | changes), [])
+    assert not (tmp_path / "cells").exists()
 
 
 def test_curves_of_several_runs_meet_on_a_common_grid():

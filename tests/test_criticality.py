@@ -280,7 +280,8 @@ def test_a_summary_by_hand():
     assert summary["root_mean_variance"] == pytest.approx(math.sqrt((1 / 3 + 1 / 12) / 4))
     assert summary["fates"] == {"lost": 1, "open": 2, "won": 1}
     # Halves of returns: all four states are equal within each half, so nothing can be told of them.
-    assert summary["halves"] is None
+    assert summary["halves"] is summary["ceiling"] is None
+    assert summary["near_zero_of_half"] == 1.0  # though only half of the states are near zero by all four returns
     assert set(summary["entropy"]) == {"one_sample", "mean_of_k", "mean_of_same_k"}  # no exact ones are known
     one, mean = (summary["entropy"][name]["all"] for name in ("one_sample", "mean_of_k"))
     # h ranks 4, 2, 1, 3 against C ranks 4, 1.5, 1.5, 3: Pearson's is 4.5 / sqrt(5 * 4.5).
@@ -303,6 +304,12 @@ def test_halves_reproduce_what_is_there():
     # Two halves of two: (0, 1) and (0, 1) have spread .5, (0, 0) and (0, 0) none.
     spread, none = (0.0, 1.0, 0.0, 1.0), (0.0, 0.0, 0.0, 0.0)
     assert summarise_criticality([state("q", spread, 0.1), state("q", none, 0.2)])["halves"] == pytest.approx(1.0)
+    # Spreads of the halves .5, 0, 0 and .5, .5, 0 have midranks 3, 1.5, 1.5 and 2.5, 2.5, 1: r = .75 / 1.5 = .5, and
+    # sqrt(2 / 2 * .5 / .75) = sqrt(2 / 3). Three of the six are near zero.
+    half = (0.0, 0.0, 0.0, 1.0)
+    found = summarise_criticality([state("q", returns, 0.1) for returns in (spread, half, none)])
+    assert found["halves"] == pytest.approx(0.5) and found["ceiling"] == pytest.approx(math.sqrt(2 / 3))
+    assert found["near_zero_of_half"] == pytest.approx(0.5)
     assert summarise_criticality([state("q", spread[:2], 0.1), state("q", none[:2], 0.2)])["halves"] is None
 
 
@@ -447,6 +454,9 @@ def test_a_killed_study_ends_like_one_run_and_a_finished_one_is_shown_again(
     }  # fmt: skip
     assert whole["summary"]["states"] == len(whole["states"]) > 80 and whole["summary"]["questions"] == 40
     assert {len(row["returns"]) for row in whole["states"]} == {5}
+    page = (tmp_path / "whole" / "criticality.md").read_text("utf-8")
+    assert f"- command: {whole['command']}\n- commit: {whole['commit']}\n- machine: {whole['machine']}\n" in page
+    assert "measure_criticality.py" in whole["command"] and str(tmp_path / "whole") in whole["command"]
     assert {row["fate"] for row in whole["states"]} == {"lost", "open"}  # a random agent wins now and then
     for row in whole["states"]:
         assert row["criticality"] == pytest.approx(np.std(row["returns"]), abs=1e-12)

@@ -8,6 +8,7 @@ here (the pigeonhole bootstrap, Owen 2007), which keeps what the scores of a run
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -22,8 +23,11 @@ def crossed_interval(scores: FloatArray, level: float = 0.95) -> tuple[float, fl
     """Percentile interval of the mean when seeds and questions were others, with a fixed seed.
 
     Each resample draws seeds with replacement and, independently, questions with replacement; its mean is that of the
-    scores at the drawn seeds and questions. With one seed it is the bootstrap over questions alone. With few seeds it
-    is too narrow, as every bootstrap of few units is.
+    scores at the drawn seeds and questions. With one seed it is the bootstrap over questions alone.
+
+    The noise of single episodes is counted more than once, so it is wide where runs differ little, and few seeds make
+    it narrow where they differ much. Two equal algorithms with 3 to 5 seeds and 1,000 questions (simulated): it leaves
+    out 0 in 1 to 3 % when the EM of runs varies by 1 to 2 points (sd), in 7 to 8 % at 4 points, in 13 to 18 % at 6.
 
     Args:
         scores: (seeds, questions), or paired differences of scores.
@@ -99,12 +103,34 @@ def improvement_interval(ours: FloatArray, theirs: FloatArray, level: float = 0.
     return _percentiles(((differences > 0) + 0.5 * (differences == 0)).mean(axis=(1, 2)), level)
 
 
+def paired_t_p(differences: Sequence[float] | FloatArray) -> float:
+    """Two-sided p-value of Student's paired t test: would other seeds have a mean difference of 0?
+
+    Args:
+        differences: (seeds,) of the scores of two runs with the same seed.
+
+    Returns:
+        NaN for fewer than 2 differences, or when all are equal: there is no spread to judge the mean by.
+    """
+    from scipy.stats import t  # slow to import
+
+    values = np.asarray(differences, dtype=float)
+    if len(values) < 2 or np.ptp(values) == 0:
+        return math.nan
+    error = values.std(ddof=1) / math.sqrt(len(values))
+    return float(2 * t.sf(abs(values.mean()) / error, len(values) - 1))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) adjusted p-values: sorted upwards, the i-th of m (from 0) times m - i, never falling, at most 1."""
-    adjusted = [0.0] * len(p_values)
+    """Holm's (1979) adjusted p-values: sorted upwards, the i-th of m (from 0) times m - i, never falling, at most 1.
+
+    NaN is no test: it stays NaN and does not count in m.
+    """
+    adjusted = [math.nan] * len(p_values)
+    tests = [index for index, p in enumerate(p_values) if not math.isnan(p)]
     highest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+    for rank, index in enumerate(sorted(tests, key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (len(tests) - rank) * p_values[index]))
         adjusted[index] = highest
     return adjusted
 

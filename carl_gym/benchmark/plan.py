@@ -84,7 +84,8 @@ class Plan:
         start: fingerprint of the weights that all start from.
 
     Raises:
-        ConfigError: seeds that are in the search and final, no rate, or settings that an algorithm does not have.
+        ConfigError: seeds that come twice or are in the search and final, no rate, or settings that an algorithm does
+            not have.
     """
 
     arms: tuple[Arm, ...]
@@ -101,6 +102,8 @@ class Plan:
             raise ConfigError(f"the learning rates are {list(self.rates)}: give at least one, and each once")
         if len(self.rates) > 1 and not self.search_seeds:
             raise ConfigError("a search among learning rates needs at least one search seed")
+        if len(set(self.search_seeds)) < len(self.search_seeds):
+            raise ConfigError(f"the search seeds are {list(self.search_seeds)}: give each once")
         final = range(max(self.seeds.values()))
         if min(self.seeds.values()) < 1:
             raise ConfigError(f"every arm needs at least 1 seed, not {dict(self.seeds)}")

@@ -17,6 +17,7 @@ from carl_gym.agents.card import resolve
 from carl_gym.benchmark.cell_process import BEFORE_FILE
 from carl_gym.benchmark.plan import Cell, settings_key
 from carl_gym.benchmark.provenance import signatures
+from carl_gym.envs.registration import env_card
 from carl_gym.errors import DataError
 
 FloatArray = npt.NDArray[np.float64]
@@ -33,7 +34,7 @@ class Record:
     Attributes:
         arm, learning_rate, seed, phase: which one, for people; `config` decides.
         hash: of what counts of `config` and `start`, when it was made.
-        start: fingerprint of the weights that it started from.
+        start: fingerprint of the weights that it started from, and of both cards.
         commit: of the code; "+" after it stands for uncommitted changes. Several where the run was broken off.
         machine: what it ran on; likewise.
         questions: number and fingerprint of the evaluation questions, in order.
@@ -242,14 +243,27 @@ def unpack(text: str, count: int) -> FloatArray:
     return bits[:count].astype(float)
 
 
-def start_weights(agent: str) -> str:
-    """Fingerprint of an agent's weights; "" for those that do not lie on this machine."""
-    _, model = resolve(agent)
-    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
-    digest = blake2b(digest_size=8)
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest() if files else ""
+def start_fingerprint(agent: str, env: str) -> str:
+    """Of what all runs start from beside their options: both cards, and the agent's weights and tokenizer.
+
+    Files of a model that does not lie on this machine do not count, nor do names, descriptions and places.
+
+    Raises:
+        CardError: there is no such environment, or a card is damaged.
+    """
+    card, model = resolve(agent)
+    cards = {"agent": asdict(card), "env": asdict(env_card(env))}
+    for values in (cards["agent"], cards["env"], cards["env"]["data"], cards["env"]["index"]):
+        for name in UNCOUNTED_OF_CARDS:
+            values.pop(name, None)
+    digest = blake2b(json.dumps(cards, sort_keys=True, default=str).encode(), digest_size=8)
+    for pattern in ("*.safetensors", "tokenizer.json"):
+        for file in sorted(Path(model).glob(pattern)) if Path(model).is_dir() else ():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+UNCOUNTED_OF_CARDS = ("id", "description", "model", "urls", "licence", "citation", "homepage", "cache")
 
 
 def machines(records: Iterable[Record]) -> list[str]:

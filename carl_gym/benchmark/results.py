@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from carl_gym.benchmark.aggregates import (
     holm,
     improvement_interval,
     improvement_probability,
+    paired_t_p,
     value_at,
 )
 from carl_gym.benchmark.arms import Arm
@@ -52,6 +54,14 @@ class ArmResult:
         runs = self.runs.values()
         return float(np.mean([value_at(r.column("actions_generated"), r.curve("sampled_em"), budget) for r in runs]))
 
+    def beyond(self, budget: float, seeds: Sequence[int]) -> FloatArray:
+        """What sampled EM rose by after a budget, (seeds,): a run ends with the first step that reaches it.
+
+        On the line between the last two evaluations, on the questions that all evaluations have.
+        """
+        runs = [(self.runs[seed], self.runs[seed].curve("sampled_em")) for seed in seeds]
+        return np.array([curve[-1] - value_at(run.column("actions_generated"), curve, budget) for run, curve in runs])
+
 
 @dataclass(frozen=True)
 class Paired:
@@ -62,9 +72,13 @@ class Paired:
         seeds: common ones.
         difference: mean of sampled EM, arm - reference.
         low, high: 95 % interval over seeds and questions.
+        greedy, greedy_low, greedy_high: the same of greedy EM.
+        at_budget: the difference of sampled EM without what each run gained after the budget (`ArmResult.beyond`).
         p: two-sided, of a permutation test over questions; each question's difference is the mean over the seeds. It
-            says whether these runs differ, not whether other seeds would.
-        p_holm: adjusted for all arms that are compared with the reference.
+            says whether these runs differ, not whether other seeds would: two equal algorithms fall below .05 in about
+            1 of 10 comparisons when the EM of runs varies by 1 or 2 points, in 4 of 10 at 4 points (simulated).
+        p_seeds: two-sided, of a paired t test over seeds, whether other seeds would differ; NaN with a single one.
+        p_holm: p_seeds, adjusted for all arms that are compared with the reference.
         probability: that a run of the arm scores higher than one of the reference.
         probability_low, probability_high: 95 % interval over runs.
     """
@@ -75,7 +89,12 @@ class Paired:
     difference: float
     low: float
     high: float
+    greedy: float
+    greedy_low: float
+    greedy_high: float
+    at_budget: float
     p: float
+    p_seeds: float
     p_holm: float
     probability: float
     probability_low: float
@@ -105,17 +124,29 @@ def collect_results(plan: Plan, records: Records) -> list[ArmResult]:
     return results
 
 
-def compare_with(reference: ArmResult, results: Sequence[ArmResult]) -> list[Paired]:
-    """Every other arm against a reference, as far as both have finished runs of the same seeds."""
+def compare_with(reference: ArmResult, results: Sequence[ArmResult], budget: float | None = None) -> list[Paired]:
+    """Every other arm against a reference, as far as both have finished runs of the same seeds.
+
+    Args:
+        reference: the arm to compare with.
+        results: of all arms.
+        budget: of generated actions, the same for all; None where runs have another one.
+    """
     pairs = []
     for result in results:
         seeds = tuple(seed for seed in result.runs if seed in reference.runs)
         if result is not reference and seeds:
             pairs.append((result, seeds))
     differences = [r.scores("sampled_em", seeds) - reference.scores("sampled_em", seeds) for r, seeds in pairs]
-    p_values = [sign_flip_p(difference.mean(axis=0)) for difference in differences]
+    p_values = [paired_t_p(difference.mean(axis=1)) for difference in differences]
     found = []
     for (result, seeds), difference, p, adjusted in zip(pairs, differences, p_values, holm(p_values), strict=True):
+        greedy = result.scores("greedy_em", seeds) - reference.scores("greedy_em", seeds)
+        gained = (
+            math.nan
+            if budget is None
+            else float(np.mean(result.beyond(budget, seeds) - reference.beyond(budget, seeds)))
+        )
         ours, theirs = result.last("sampled_em"), reference.last("sampled_em")
         found.append(
             Paired(
@@ -124,6 +155,10 @@ def compare_with(reference: ArmResult, results: Sequence[ArmResult]) -> list[Pai
                 seeds,
                 float(difference.mean()),
                 *crossed_interval(difference),
+                float(greedy.mean()),
+                *crossed_interval(greedy),
+                float(difference.mean()) - gained,
+                sign_flip_p(difference.mean(axis=0)),
                 p,
                 adjusted,
                 improvement_probability(ours, theirs),

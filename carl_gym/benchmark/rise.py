@@ -36,9 +36,12 @@ def control_name(name: str) -> str:
 
 
 def with_controls(arms: Sequence[Arm]) -> list[str]:
-    """Every arm as it is written, each followed by its control."""
-    written = [f"{arm.name}@{arm.rate}" if arm.rate else arm.name for arm in arms]
-    return [text for name in written for text in (name, control_name(name))]
+    """Every arm as it is written, each followed by its control, which has its learning rate."""
+    written = []
+    for arm in arms:
+        written.append(f"{arm.name}@{arm.rate}" if arm.rate else arm.name)
+        written.append(control_name(f"{arm.name}@{arm.rate or arm.name}"))
+    return written
 
 
 def rise(result: ArmResult) -> Rise | None:

@@ -73,6 +73,30 @@ def check_folders(plan: Plan, records: Records) -> None:
             )
 
 
+def check_questions(plan: Plan) -> None:
+    """Load the data of the search and of the final cells once, so that no cell fails for it.
+
+    Raises:
+        ConfigError: questions that a learning rate is chosen on are final ones, too, or cannot be had.
+        CarlGymError: as `make_task`.
+    """
+    from carl_gym.training.trainer import load_data  # imports torch
+
+    by_phase = {cell.phase: cell.config for cell in plan.possible_cells()}
+    asked = {phase: {question.id for question in load_data(config)[-1]} for phase, config in by_phase.items()}
+    for phase, config in by_phase.items():
+        if len(asked[phase]) < config.eval_questions:
+            raise ConfigError(
+                f"{config.eval_questions} {phase} questions asked for, but {config.env} has only {len(asked[phase])} "
+                "with these arguments"
+            )
+    if both := asked["final"] & asked.get("search", set()):
+        raise ConfigError(
+            f"{len(both)} questions are in the search and in the final evaluation, such as {min(both)}: search_args "
+            "must lead to others"
+        )
+
+
 def run_cells(
     plan: Plan, records: Records, *, workers: int, time_limit: float | None, say: Callable[[str], None]
 ) -> Outcome:

@@ -49,8 +49,13 @@ def summarise_criticality(states: Sequence[MeasuredState]) -> dict[str, Any]:
         states, questions, resamples: how much was measured.
         criticality, score_criticality: distribution of C of the return and of the score (`distribution`).
         root_mean_variance: sqrt of the mean over states of the unbiased estimate of C(s)^2.
-        halves: rank correlation between C of the first and of the second half of the resamples: how well K / 2
-            resamples reproduce themselves, and so what no predictor can be expected to exceed by much. None for K < 4.
+        halves: rank correlation r between C of the first and of the second half of the resamples: how well K / 2
+            resamples reproduce themselves. None for K < 4.
+        ceiling: sqrt(2 r / (1 + r)), about what a predictor that knew the true C would correlate with C of all K
+            resamples (Spearman-Brown, attenuation); rough, since ranks with many ties are no linear measure: too high
+            where most states are settled. None where r is not above 0.
+        near_zero_of_half: share of near-zero states by K / 2 resamples, mean of both halves. If it is well above the
+            share by K, fewer states are near zero than K resamples show. None for K < 4.
         fates: number of states lost, won and open.
         entropy: by predictor, its `association` with criticality among all states and among the open ones. With a
             score of 0 or 1, lost and won states are the states without any spread: the open ones tell whether entropy
@@ -69,7 +74,7 @@ def summarise_criticality(states: Sequence[MeasuredState]) -> dict[str, Any]:
         "criticality": distribution([state.criticality for state in states]),
         "score_criticality": distribution([state.score_criticality for state in states]),
         "root_mean_variance": math.sqrt(float(np.mean([state.variance for state in states]))),
-        "halves": _halves(states),
+        **_halves(states),
         "fates": {fate: count for fate, count in sorted(Counter(state.fate for state in states).items())},
         "entropy": {
             name: {"all": association(states, name), "open": association(open_states, name)}
@@ -213,13 +218,18 @@ def _groups(states: Sequence[MeasuredState], trait: Callable[[MeasuredState], st
     return {str(name): group(found[name]) for name in sorted(found, key=lambda name: (str(type(name)), name))}
 
 
-def _halves(states: Sequence[MeasuredState]) -> float | None:
+def _halves(states: Sequence[MeasuredState]) -> dict[str, float | None]:
     half = len(states[0].returns) // 2
     if half < 2:
-        return None
+        return {"halves": None, "ceiling": None, "near_zero_of_half": None}
     first = np.array([spread(state.returns[:half]) for state in states])
     second = np.array([spread(state.returns[half : 2 * half]) for state in states])
-    return spearman(first, second)
+    r = spearman(first, second)
+    return {
+        "halves": r,
+        "ceiling": math.sqrt(2 * r / (1 + r)) if r is not None and r > 0 else None,
+        "near_zero_of_half": float((np.concatenate([first, second]) < NEAR_ZERO).mean()),
+    }
 
 
 def _question_samples(states: Sequence[MeasuredState]) -> list[npt.NDArray[np.intp]]:
