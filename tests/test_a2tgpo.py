@@ -7,7 +7,8 @@ import pytest
 from rollout_toys import Sketch
 
 from carl_gym.algorithms import get_algorithm
-from carl_gym.algorithms.a2tgpo import information_gain, turn_group_gains, turn_normalised
+from carl_gym.algorithms.a2tgpo import information_gain, turn_group_gains
+from carl_gym.algorithms.credit import turn_normalised
 from carl_gym.errors import ConfigError, StateError
 from carl_gym.rollouts import RolloutTree, RootExplorer
 

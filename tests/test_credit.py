@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from rollout_toys import ByteTranscript, PathTask, Sketch, questions, random_policy
 
 from carl_gym.algorithms import group_normalised, tree_difference, values
+from carl_gym.algorithms.credit import leaf_weighted_difference, leave_one_out_difference
+from carl_gym.algorithms.vineppo import monte_carlo_difference
 from carl_gym.rollouts import EntropyForking, RandomForking, RolloutTree, RootExplorer, collect
 
 
@@ -119,3 +121,22 @@ def test_credit_of_a_batch_is_the_credit_of_each_tree(explorer):
         for tree, advantage in zip(trees, batch, strict=True):
             assert np.array_equal(advantage, credit([tree])[0])
             assert all(advantage[root.id] == 0 for root in tree.roots())
+
+
+@pytest.mark.parametrize("total", [0.1, 0.6, 1.0, 1.1])
+@pytest.mark.parametrize("k", range(2, 13))
+def test_equal_returns_below_a_state_leave_exactly_no_advantage(total, k):
+    """Six times 0.1 / 6 is not 0.1: a plain sum would leave advantages of 1e-17, which count as trained edges."""
+    sketch = Sketch()
+    root = sketch.root()
+    for number in range(k):
+        middle = sketch.edge(root, trajectory=number)
+        for _ in range(1 + number % 3):  # so that numbers of leaves differ
+            sketch.edge(middle, reward=total, end=True, trajectory=number)
+    for credit in (tree_difference, leave_one_out_difference, leaf_weighted_difference):
+        assert not credit([sketch.tree])[0].any()
+    flat = Sketch()
+    root = flat.root()
+    for number in range(k + 1):
+        flat.edge(root, reward=total, end=True, trajectory=number)
+    assert not monte_carlo_difference([flat.tree], main=1)[0].any()

@@ -59,6 +59,18 @@ def test_what_is_lacking_is_said_before_the_start(need, message, tiny_agent_fold
         )
 
 
+def test_a_gold_answer_without_room_after_its_prompt_is_refused_before_the_start(tiny_agent_folder, tmp_path):
+    run, agent = config(tiny_agent_folder, tmp_path), load_agent(str(tiny_agent_folder), device="cpu")
+    task = make_task("carl/MiniWiki-v0", questions=3)
+    questions = list(task.questions.values())
+    algorithm = get_algorithm("igpo", rollouts=2)
+    TreeScores(algorithm, run, task, questions, agent)
+    prompt = agent.transcript.prompt(task.observation(task.initial(questions[0])))
+    narrow = replace(agent, transcript=Reads(agent.transcript, "context", len(prompt) + 1))
+    with pytest.raises(ConfigError, match=f"gold answer of question {questions[0].id!r} has .* leaves room for 1 in"):
+        TreeScores(algorithm, run, task, questions, narrow)
+
+
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"

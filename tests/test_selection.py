@@ -165,3 +165,8 @@ def test_settings_can_be_overridden():
 def test_unknown_names_and_settings_are_refused(name, overrides, message):
     with pytest.raises(ConfigError, match=message):
         get_algorithm(name, **overrides)
+
+
+def test_a_requirement_that_nobody_checks_is_refused():
+    with pytest.raises(ConfigError, match="requires 'gold answer', which nobody checks; known: critic, gold answers"):
+        dataclasses.replace(get_algorithm("grpo"), requires=("gold answer",))

@@ -12,7 +12,8 @@ from rollout_toys import ByteTranscript, PathTask, after, questions, random_poli
 
 from carl_gym.agents.policy import Completion
 from carl_gym.algorithms import Algorithm, get_algorithm, group_normalised
-from carl_gym.algorithms.anchors import relative, returns_to_go, same_situation, same_transition
+from carl_gym.algorithms.anchors import same_situation, same_transition
+from carl_gym.algorithms.credit import relative, returns_to_go
 from carl_gym.algorithms.empg import empg
 from carl_gym.algorithms.gigpo import gigpo
 from carl_gym.algorithms.hgpo import hgpo

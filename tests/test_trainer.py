@@ -6,11 +6,13 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from rollout_toys import Sketch
 from training_runs import STEPS, config, last_checkpoint, metrics, mlflow_steps, run_record, weights
 
 from carl_gym.agents.agent import load_agent
@@ -19,9 +21,9 @@ from carl_gym.algorithms import algorithm_names
 from carl_gym.envs.state import Question
 from carl_gym.errors import ConfigError
 from carl_gym.paths import PACKAGE
-from carl_gym.training.checkpoints import checkpoints
+from carl_gym.training.checkpoints import Progress, checkpoints
 from carl_gym.training.config import TrainConfig
-from carl_gym.training.trainer import Trainer, load_data, take_questions
+from carl_gym.training.trainer import Trainer, load_data, policy_entropy, questions_within, take_questions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,3 +317,47 @@ def test_training_and_evaluation_can_have_environments_of_their_own() -> None:
     assert {len(question.decomposition) for question in [*train, *held_out]} == {2}
     assert (task.card.top_k, eval_task.card.top_k) == (3, 1)
     assert TrainConfig(env_args=("a=1",)).as_dict()["env_args"] == ["a=1"]  # as JSON gives it back
+
+
+def test_policy_entropy_does_not_depend_on_what_is_forked():
+    # Two initial trajectories with h = 0.2, 0.4 and 0.6; forks with 2.0 that start where it was uncertain.
+    sketch = Sketch()
+    root = sketch.root()
+    state = sketch.edge(root, 0.2)
+    sketch.edge(state, 0.4, end=True)
+    sketch.edge(root, 0.6, end=True, trajectory=1)
+    assert policy_entropy([sketch.tree], 2) == pytest.approx(0.4)
+    sketch.edge(state, 2.0, end=True, trajectory=2)
+    sketch.edge(root, 2.0, end=True, trajectory=3)
+    assert policy_entropy([sketch.tree], 2) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("generated", "expected"),
+    [
+        (0, 32),  # nothing is known yet
+        (15_000, 32),  # 4 steps of 3,750: 10,000 are 85.3 questions, three steps
+        (18_800, 28),  # 5 steps: 6,200 are 52.8 questions; 1.05 * 52.8 / 2 = 27.7
+        (22_500, 23),  # 6 steps: 2,500 are 21.3 questions; 1.05 * 21.3 = 22.4
+        (24_990, 2),  # not less than a question for each minibatch
+    ],
+)
+def test_the_last_steps_of_a_budget_are_as_large_as_what_is_left(generated, expected):
+    options = TrainConfig(questions_per_step=32, minibatches=2, max_actions=25_000)
+    step = round(generated / 3750)
+    assert questions_within(Progress(step=step, actions_generated=generated), options) == expected
+    assert questions_within(Progress(step=step, actions_generated=generated), TrainConfig()) == 32
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(40, 400), st.floats(4, 20), st.integers(0, 1000))
+def test_runs_of_any_step_size_end_close_to_their_budget(actions, steps, seed):
+    """Questions of `actions` actions each, give or take 20 %, and a budget of so many full steps."""
+    budget = round(steps * 32 * actions)
+    options, random = TrainConfig(questions_per_step=32, minibatches=2, max_actions=budget), Random(seed)
+    progress = Progress()
+    while progress.actions_generated < budget:
+        count = questions_within(progress, options)
+        spent = sum(round(actions * random.uniform(0.8, 1.2)) for _ in range(count))
+        progress = Progress(step=progress.step + 1, actions_generated=progress.actions_generated + spent)
+    assert budget <= progress.actions_generated < budget + 0.3 * 32 * actions

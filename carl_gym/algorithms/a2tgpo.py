@@ -5,20 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
 from carl_gym.algorithms.algorithm import Algorithm, register_algorithm
-from carl_gym.algorithms.anchors import relative
-from carl_gym.algorithms.credit import FloatArray, trajectory_returns
+from carl_gym.algorithms.credit import FloatArray, Gain, answer_belief, relative, trajectory_returns, turn_normalised
 from carl_gym.algorithms.selection import Reduction, all_actions
-from carl_gym.algorithms.tree_grpo import require_shares, require_weights
-from carl_gym.errors import ConfigError, StateError
+from carl_gym.algorithms.settings import require_group, require_shares, require_weights, require_word
 from carl_gym.rollouts.explorers import RootExplorer
 from carl_gym.rollouts.tree import RolloutTree
-
-Gain = Literal["probability", "logprob"]
 
 
 @register_algorithm("a2tgpo")
@@ -65,10 +61,8 @@ def a2tgpo(
     Raises:
         ConfigError: fewer than 2 rollouts, or another setting out of its range.
     """
-    if rollouts == 1:
-        raise ConfigError("rollouts must be at least 2: a group of one has no advantage to learn from")
-    if gain not in get_args(Gain):
-        raise ConfigError(f"gain must be one of {', '.join(get_args(Gain))}, not {gain!r}")
+    require_group(rollouts)
+    require_word("gain", gain, get_args(Gain))
     require_weights(gain_weight=gain_weight)
     require_shares(gamma=gamma)
     return Algorithm(
@@ -114,34 +108,9 @@ def information_gain(tree: RolloutTree, gain: Gain) -> FloatArray:
     Raises:
         StateError: `tree.scores["answer_logprob"]` is missing, or not finite where an action was taken.
     """
-    scores = tree.scores.get("answer_logprob")
-    if scores is None or not np.isfinite(scores[[node.id for node in tree.recorded()]]).all():
-        raise StateError(
-            f"the tree of question {tree.question.id!r} does not say how likely its gold answer is in every state; "
-            "fill tree.scores['answer_logprob'] before credit"
-        )
-    likely = scores if gain == "logprob" else np.exp(scores)
+    likely = answer_belief(tree, gain)
     gains = np.full(len(tree.nodes), np.nan)
     for node in tree.nodes:
         if node.parent is not None and not node.terminal:
             gains[node.id] = likely[node.id] - likely[node.parent]
     return gains
-
-
-def turn_normalised(tree: RolloutTree, scores: FloatArray) -> FloatArray:
-    """Scores of edges, normalised over those of the same turn: of the tree's edges that are equally deep.
-
-    Args:
-        tree: complete.
-        scores: by node id; nan for edges that have none.
-
-    Returns:
-        float array by node id; 0 for edges without a score, and at roots.
-    """
-    depth = np.array([node.depth for node in tree.nodes])
-    scored = (depth > 0) & ~np.isnan(scores)
-    normalised = np.zeros(len(tree.nodes))
-    for turn in np.unique(depth[scored]):
-        group = scored & (depth == turn)
-        normalised[group] = relative(scores[group], ddof=0)
-    return normalised

@@ -11,7 +11,8 @@ import numpy as np
 from carl_gym.algorithms.algorithm import Algorithm, register_algorithm
 from carl_gym.algorithms.credit import FloatArray, group_normalised
 from carl_gym.algorithms.selection import Reduction, all_actions
-from carl_gym.errors import ConfigError, StateError
+from carl_gym.algorithms.settings import require_group, require_shares, require_weights
+from carl_gym.errors import StateError
 from carl_gym.rollouts.explorers import RootExplorer
 from carl_gym.rollouts.tree import RolloutTree
 
@@ -54,12 +55,9 @@ def actfocus(
     Raises:
         ConfigError: fewer than 2 rollouts, or another setting out of its range.
     """
-    if rollouts == 1:
-        raise ConfigError("rollouts must be at least 2: a group of one has no advantage to learn from")
-    if not isinstance(reasoning_weight, (int, float)) or not 0 <= reasoning_weight <= 1:
-        raise ConfigError(f"reasoning_weight must be a number from 0 to 1, not {reasoning_weight!r}")
-    if not isinstance(surprise_weight, (int, float)) or not 0 <= surprise_weight < math.inf:
-        raise ConfigError(f"surprise_weight must be a finite number, 0 or more, not {surprise_weight!r}")
+    require_group(rollouts)
+    require_shares(reasoning_weight=reasoning_weight)
+    require_weights(surprise_weight=surprise_weight)
     return Algorithm(
         name="actfocus",
         explorer=RootExplorer(rollouts),

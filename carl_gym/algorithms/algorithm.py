@@ -68,7 +68,7 @@ class Algorithm:
         critic: how the critic learns, where one is required.
 
     Raises:
-        ConfigError: a clip or reduction out of its range.
+        ConfigError: a clip, reduction or requirement out of its range.
     """
 
     name: str
@@ -88,6 +88,9 @@ class Algorithm:
         if self.loss_reduction not in get_args(Reduction):
             allowed = ", ".join(get_args(Reduction))
             raise ConfigError(f"loss_reduction must be one of {allowed}, not {self.loss_reduction!r}")
+        if unknown := [need for need in self.requires if need not in get_args(Requirement)]:
+            allowed = ", ".join(get_args(Requirement))
+            raise ConfigError(f"{self.name!r} requires {unknown[0]!r}, which nobody checks; known: {allowed}")
         if ("critic" in self.requires) != (self.critic is not None):
             raise ConfigError(f"{self.name!r} must name a critic in `requires` and in `critic`, or in neither")
 

@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable
 
-import numpy as np
-
-from carl_gym.algorithms.credit import STD_EPSILON, FloatArray
 from carl_gym.envs.state import ParsedAction
 from carl_gym.rollouts.tree import Node, RolloutTree
 
@@ -50,34 +47,3 @@ def _understood(source: Node, node: Node) -> ParsedAction | str:
     if turns:
         return turns[0].action
     return node.action.text if node.action else ""
-
-
-def relative(scores: FloatArray, *, scaled: bool = True, ddof: int = 1) -> FloatArray:
-    """Scores relative to their group: (x - mean) / (std + 1e-6), or x - mean where they are not `scaled`.
-
-    0 in a group of one, and in a group of equal scores (rounding would not leave their mean exactly equal to them).
-
-    Args:
-        scores: (n,).
-        scaled: whether to divide by the standard deviation.
-        ddof: 1 for the sample standard deviation, 0 for that of the group itself.
-    """
-    if len(scores) < 2 or np.ptp(scores) == 0:
-        return np.zeros(len(scores))
-    centred = scores - scores.mean()
-    return centred / (scores.std(ddof=ddof) + STD_EPSILON) if scaled else centred
-
-
-def returns_to_go(tree: RolloutTree, gamma: float) -> FloatArray:
-    """The discounted return from every action on, R_t = r_t + gamma R_{t+1}, by node id; 0 at roots.
-
-    Where an action was continued several times, R_{t+1} is the mean.
-    """
-    to_go = np.zeros(len(tree.nodes))
-    for node in reversed(tree.nodes):  # children come after their parents
-        if node.parent is None:
-            to_go[node.id] = 0.0
-        else:
-            to_go[node.id] += node.reward
-            to_go[node.parent] += gamma * to_go[node.id] / tree.n(node.parent)
-    return to_go

@@ -9,15 +9,9 @@ from statistics import fmean
 from typing import ClassVar
 
 from carl_gym.algorithms.algorithm import Algorithm, register_algorithm
-from carl_gym.algorithms.anchors import relative
-from carl_gym.algorithms.credit import FloatArray, trajectory_returns
+from carl_gym.algorithms.credit import FloatArray, relative, sum_over_leaves, trajectory_returns
 from carl_gym.algorithms.selection import Reduction, all_actions
-from carl_gym.algorithms.tree_grpo import (
-    require_counts,
-    require_shares,
-    require_weights,
-    sum_over_leaves,
-)
+from carl_gym.algorithms.settings import require_counts, require_shares, require_weights
 from carl_gym.errors import ConfigError, PolicyError
 from carl_gym.rollouts.tree import Node, RolloutTree
 

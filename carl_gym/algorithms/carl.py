@@ -14,7 +14,7 @@ from carl_gym.algorithms.credit import (
     tree_difference,
 )
 from carl_gym.algorithms.selection import Reduction, below_a_fork, forked_states
-from carl_gym.errors import ConfigError
+from carl_gym.algorithms.settings import require_word
 from carl_gym.rollouts.explorers import EntropyForking, EntropyMeasure, RandomForking, RootRecord
 
 ForkBy = Literal["entropy", "token-sum", "exact-entropy", "random"]
@@ -86,8 +86,7 @@ def carl(
         ("advantage", advantage, get_args(Advantage)),
         ("update", update, get_args(Update)),
     ):
-        if value not in known:
-            raise ConfigError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        require_word(name, value, known)
     sizes = initial, forks, forks_per_round, root
     measures: dict[ForkBy, EntropyMeasure] = {"entropy": "mean", "token-sum": "sum", "exact-entropy": "exact"}
     credit = CREDITS[advantage]

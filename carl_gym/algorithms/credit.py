@@ -7,14 +7,18 @@ node, 0 at roots. The learner gives it to every token of the action.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from carl_gym.errors import StateError
 from carl_gym.rollouts.tree import RolloutTree
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+Gain = Literal["probability", "logprob"]
 Credit = Callable[[Sequence[RolloutTree]], list[FloatArray]]
 
 STD_EPSILON = 1e-6
@@ -33,9 +37,18 @@ def values(tree: RolloutTree) -> FloatArray:
     """
     value = np.zeros(len(tree.nodes))
     for node in reversed(tree.nodes):  # children come after their parents
-        if node.parent is not None:
-            value[node.parent] += (node.reward + value[node.id]) / tree.n(node.parent)
+        if node.children:
+            value[node.id] = exact_mean([tree.nodes[child].reward + value[child] for child in node.children])
     return value
+
+
+def exact_mean(numbers: Sequence[float], weights: Sequence[float] | None = None) -> float:
+    """The (weighted) mean, of equal numbers exactly that number.
+
+    A plain sum would round: nine returns of 1.0 would have a mean below 1, and with it advantages that are not 0.
+    """
+    first = numbers[0]
+    return first + fmean([number - first for number in numbers], weights)
 
 
 def leaf_weighted_values(tree: RolloutTree) -> FloatArray:
@@ -43,13 +56,12 @@ def leaf_weighted_values(tree: RolloutTree) -> FloatArray:
 
     TreeRL and ARPO estimate values so. It is biased where forks are placed by what was sampled (CARL's ablation).
     """
-    value, leaves = np.zeros(len(tree.nodes)), np.zeros(len(tree.nodes))
+    value, leaves = np.zeros(len(tree.nodes)), np.ones(len(tree.nodes))
     for node in reversed(tree.nodes):
-        leaves[node.id] = leaves[node.id] if node.children else 1
-        value[node.id] /= leaves[node.id]
-        if node.parent is not None:
-            leaves[node.parent] += leaves[node.id]
-            value[node.parent] += leaves[node.id] * (node.reward + value[node.id])
+        if node.children:
+            to_come = [tree.nodes[child].reward + value[child] for child in node.children]
+            value[node.id] = exact_mean(to_come, weights=leaves[node.children].tolist())
+            leaves[node.id] = leaves[node.children].sum()
     return value
 
 
@@ -111,14 +123,15 @@ def group_normalised(trees: Sequence[RolloutTree]) -> list[FloatArray]:
     of equal returns has A = 0. An action that several trajectories share gets the mean of theirs, so on a forked tree
     this is the outcome reward on the tree, an ablation of CARL.
     """
-    return [_group_normalised(tree) for tree in trees]
+    return per_trajectory(trees, relative)
 
 
-def _group_normalised(tree: RolloutTree) -> FloatArray:
-    leaves, returns = trajectory_returns(tree)
-    if np.ptp(returns) == 0:  # rounding would not leave the mean of equal returns exactly equal to them
-        return np.zeros(len(tree.nodes))
-    return mean_over_leaves(tree, leaves, (returns - returns.mean()) / (returns.std(ddof=1) + STD_EPSILON))
+def per_trajectory(trees: Sequence[RolloutTree], score: Callable[[FloatArray], FloatArray]) -> list[FloatArray]:
+    """Every action gets the mean of the scores of the trajectories that share it; `score` takes a tree's returns."""
+    found = (trajectory_returns(tree) for tree in trees)
+    return [
+        mean_over_leaves(tree, leaves, score(returns)) for tree, (leaves, returns) in zip(trees, found, strict=True)
+    ]
 
 
 def trajectory_returns(tree: RolloutTree) -> tuple[IntArray, FloatArray]:
@@ -151,3 +164,89 @@ def mean_over_leaves(tree: RolloutTree, leaves: IntArray, scores: FloatArray) ->
     mean = below / count
     mean[[root.id for root in tree.roots()]] = 0.0
     return mean
+
+
+def sum_over_leaves(tree: RolloutTree, leaves: IntArray, scores: FloatArray) -> FloatArray:
+    """What every edge gets when each trajectory is trained as a row of its own: the sum of the scores of those that
+    share it; 0 at roots.
+
+    Args:
+        tree: complete.
+        leaves: ids of all leaves.
+        scores: one for each, such as an advantage of its trajectory.
+
+    Returns:
+        float array by node id.
+    """
+    total = np.zeros(len(tree.nodes))
+    total[leaves] = scores
+    for node in reversed(tree.nodes):
+        if node.parent is not None:
+            total[node.parent] += total[node.id]
+    total[[root.id for root in tree.roots()]] = 0.0
+    return total
+
+
+def relative(scores: FloatArray, *, scaled: bool = True, ddof: int = 1) -> FloatArray:
+    """Scores relative to their group: (x - mean) / (std + 1e-6), or x - mean where they are not `scaled`.
+
+    0 in a group of one, and in a group of equal scores (rounding would not leave their mean exactly equal to them).
+
+    Args:
+        scores: (n,).
+        scaled: whether to divide by the standard deviation.
+        ddof: 1 for the sample standard deviation, 0 for that of the group itself.
+    """
+    if len(scores) < 2 or np.ptp(scores) == 0:
+        return np.zeros(len(scores))
+    centred = scores - scores.mean()
+    return centred / (scores.std(ddof=ddof) + STD_EPSILON) if scaled else centred
+
+
+def turn_normalised(tree: RolloutTree, scores: FloatArray) -> FloatArray:
+    """Scores of edges, normalised over those of the same turn: of the tree's edges that are equally deep.
+
+    Args:
+        tree: complete.
+        scores: by node id; nan for edges that have none.
+
+    Returns:
+        float array by node id; 0 for edges without a score, and at roots.
+    """
+    depth = np.array([node.depth for node in tree.nodes])
+    scored = (depth > 0) & ~np.isnan(scores)
+    normalised = np.zeros(len(tree.nodes))
+    for turn in np.unique(depth[scored]):
+        group = scored & (depth == turn)
+        normalised[group] = relative(scores[group], ddof=0)
+    return normalised
+
+
+def returns_to_go(tree: RolloutTree, gamma: float) -> FloatArray:
+    """The discounted return from every action on, R_t = r_t + gamma R_{t+1}, by node id; 0 at roots.
+
+    Where an action was continued several times, R_{t+1} is the mean.
+    """
+    to_go = np.zeros(len(tree.nodes))
+    for node in reversed(tree.nodes):  # children come after their parents
+        if node.parent is None:
+            to_go[node.id] = 0.0
+        else:
+            to_go[node.id] += node.reward
+            to_go[node.parent] += gamma * to_go[node.id] / tree.n(node.parent)
+    return to_go
+
+
+def answer_belief(tree: RolloutTree, gain: Gain) -> FloatArray:
+    """How likely the gold answer is in every state, by node id, as `gain` measures it; nan at ends.
+
+    Raises:
+        StateError: `tree.scores["answer_logprob"]` is missing, or not finite where an action was taken.
+    """
+    scores = tree.scores.get("answer_logprob")
+    if scores is None or not np.isfinite(scores[[node.id for node in tree.recorded()]]).all():
+        raise StateError(
+            f"the tree of question {tree.question.id!r} does not say how likely its gold answer is in every state; "
+            "fill tree.scores['answer_logprob'] with training.answer_scores.answer_logprobs before credit"
+        )
+    return np.exp(scores) if gain == "probability" else scores

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import numpy as np
+from functools import partial
 
 from carl_gym.algorithms.algorithm import Algorithm, register_algorithm
-from carl_gym.algorithms.credit import FloatArray, mean_over_leaves, trajectory_returns
+from carl_gym.algorithms.credit import FloatArray, per_trajectory, relative
 from carl_gym.algorithms.selection import Reduction, all_actions
-from carl_gym.errors import ConfigError
+from carl_gym.algorithms.settings import require_group
 from carl_gym.rollouts.explorers import RootExplorer
 from carl_gym.rollouts.tree import RolloutTree
 
@@ -38,8 +37,7 @@ def dr_grpo(
     Raises:
         ConfigError: fewer than 2 rollouts, or another setting out of its range.
     """
-    if rollouts == 1:
-        raise ConfigError("rollouts must be at least 2: a group of one has no advantage to learn from")
+    require_group(rollouts)
     return Algorithm(
         name="dr-grpo",
         explorer=RootExplorer(rollouts),
@@ -56,11 +54,4 @@ def group_centred(trees: Sequence[RolloutTree]) -> list[FloatArray]:
 
     A group of equal returns has A = 0. An action that several trajectories share gets the mean of theirs.
     """
-    return [_group_centred(tree) for tree in trees]
-
-
-def _group_centred(tree: RolloutTree) -> FloatArray:
-    leaves, returns = trajectory_returns(tree)
-    if np.ptp(returns) == 0:  # rounding would not leave the mean of equal returns exactly equal to them
-        return np.zeros(len(tree.nodes))
-    return mean_over_leaves(tree, leaves, returns - returns.mean())
+    return per_trajectory(trees, partial(relative, scaled=False))

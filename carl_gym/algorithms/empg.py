@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ import numpy as np
 from carl_gym.algorithms.algorithm import Algorithm, register_algorithm
 from carl_gym.algorithms.credit import FloatArray, group_normalised
 from carl_gym.algorithms.selection import Reduction, all_actions
-from carl_gym.errors import ConfigError
+from carl_gym.algorithms.settings import require_group, require_weights, require_word
 from carl_gym.rollouts.explorers import RootExplorer
 from carl_gym.rollouts.tree import RolloutTree
 
@@ -62,17 +61,9 @@ def empg(
     Raises:
         ConfigError: fewer than 2 rollouts, or another setting out of its range.
     """
-    if rollouts == 1:
-        raise ConfigError("rollouts must be at least 2: a group of one has no advantage to learn from")
-    for name, value in (
-        ("scaling", scaling),
-        ("clarity_scaling", clarity_scaling),
-        ("clarity_weight", clarity_weight),
-    ):
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ConfigError(f"{name} must be a finite number, 0 or more, not {value!r}")
-    if measure not in get_args(Measure):
-        raise ConfigError(f"measure must be one of {', '.join(get_args(Measure))}, not {measure!r}")
+    require_group(rollouts)
+    require_weights(scaling=scaling, clarity_scaling=clarity_scaling, clarity_weight=clarity_weight)
+    require_word("measure", measure, get_args(Measure))
     exact = measure == "exact"
     return Algorithm(
         name="empg",

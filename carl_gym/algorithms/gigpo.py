@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal, get_args
 
 from carl_gym.algorithms.algorithm import Algorithm, register_algorithm
-from carl_gym.algorithms.anchors import relative, returns_to_go, same_situation
-from carl_gym.algorithms.credit import FloatArray, mean_over_leaves, trajectory_returns
+from carl_gym.algorithms.anchors import same_situation
+from carl_gym.algorithms.credit import FloatArray, per_trajectory, relative, returns_to_go
 from carl_gym.algorithms.selection import Reduction, all_actions
-from carl_gym.errors import ConfigError
+from carl_gym.algorithms.settings import require_group, require_shares, require_weights, require_word
 from carl_gym.rollouts.explorers import RootExplorer
 from carl_gym.rollouts.tree import RolloutTree
 
@@ -57,13 +56,10 @@ def gigpo(
     Raises:
         ConfigError: fewer than 2 rollouts, or another setting out of its range.
     """
-    if rollouts == 1:
-        raise ConfigError("rollouts must be at least 2: a group of one has no advantage to learn from")
-    for name, value, high in (("gamma", gamma, 1.0), ("step_weight", step_weight, math.inf)):
-        if not isinstance(value, (int, float)) or not 0 <= value <= high or math.isinf(value):
-            raise ConfigError(f"{name} must be a finite number from 0 to {high:g}, not {value!r}")
-    if norm not in get_args(Norm):
-        raise ConfigError(f"norm must be one of {', '.join(get_args(Norm))}, not {norm!r}")
+    require_group(rollouts)
+    require_shares(gamma=gamma)
+    require_weights(step_weight=step_weight)
+    require_word("norm", norm, get_args(Norm))
     return Algorithm(
         name="gigpo",
         explorer=RootExplorer(rollouts),
@@ -78,13 +74,9 @@ def gigpo(
 
 def anchored(trees: Sequence[RolloutTree], *, gamma: float, step_weight: float, scaled: bool) -> list[FloatArray]:
     """GiGPO's credit (arXiv 2505.10978, Eq. 8): trajectory's advantage plus that among the same state's actions."""
-    return [_anchored(tree, gamma, step_weight, scaled) for tree in trees]
-
-
-def _anchored(tree: RolloutTree, gamma: float, step_weight: float, scaled: bool) -> FloatArray:
-    leaves, returns = trajectory_returns(tree)
-    advantage = mean_over_leaves(tree, leaves, relative(returns, scaled=scaled))
-    to_go = returns_to_go(tree, gamma)
-    for group in same_situation(tree):
-        advantage[group] += step_weight * relative(to_go[group], scaled=scaled)
-    return advantage
+    advantages = per_trajectory(trees, partial(relative, scaled=scaled))
+    for tree, advantage in zip(trees, advantages, strict=True):
+        to_go = returns_to_go(tree, gamma)
+        for group in same_situation(tree):
+            advantage[group] += step_weight * relative(to_go[group], scaled=scaled)
+    return advantages

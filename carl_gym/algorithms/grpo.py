@@ -5,7 +5,7 @@ from __future__ import annotations
 from carl_gym.algorithms.algorithm import Algorithm, register_algorithm
 from carl_gym.algorithms.credit import group_normalised
 from carl_gym.algorithms.selection import Reduction, all_actions
-from carl_gym.errors import ConfigError
+from carl_gym.algorithms.settings import require_group
 from carl_gym.rollouts.explorers import RootExplorer
 
 
@@ -32,8 +32,7 @@ def grpo(
     Raises:
         ConfigError: fewer than 2 rollouts, or another setting out of its range.
     """
-    if rollouts == 1:
-        raise ConfigError("rollouts must be at least 2: a group of one has no advantage to learn from")
+    require_group(rollouts)
     return Algorithm(
         name="grpo",
         explorer=RootExplorer(rollouts),

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 
 from carl_gym.algorithms.algorithm import Algorithm, register_algorithm
-from carl_gym.algorithms.anchors import relative, returns_to_go, same_situation
-from carl_gym.algorithms.credit import FloatArray, group_normalised
+from carl_gym.algorithms.anchors import same_situation
+from carl_gym.algorithms.credit import FloatArray, group_normalised, relative, returns_to_go
 from carl_gym.algorithms.selection import Reduction, all_actions
+from carl_gym.algorithms.settings import require_counts, require_group, require_shares, require_weights
 from carl_gym.errors import ConfigError
 from carl_gym.rollouts.explorers import RootExplorer
 from carl_gym.rollouts.tree import RolloutTree
@@ -56,13 +56,10 @@ def hgpo(
     Raises:
         ConfigError: fewer than 2 rollouts, or another setting out of its range.
     """
-    if rollouts == 1:
-        raise ConfigError("rollouts must be at least 2: a group of one has no advantage to learn from")
-    if not isinstance(history, int) or isinstance(history, bool) or history < 0:
-        raise ConfigError(f"history must be an integer >= 0, not {history!r}")
-    for name, value, high in (("gamma", gamma, 1.0), ("exponent", exponent, math.inf)):
-        if not isinstance(value, (int, float)) or not 0 <= value <= high or math.isinf(value):
-            raise ConfigError(f"{name} must be a finite number from 0 to {high:g}, not {value!r}")
+    require_group(rollouts)
+    require_counts(0, history=history)
+    require_shares(gamma=gamma)
+    require_weights(exponent=exponent)
     if not isinstance(episode_group, bool):
         raise ConfigError(f"episode_group must be true or false, not {episode_group!r}")
     return Algorithm(

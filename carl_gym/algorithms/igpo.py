@@ -9,14 +9,12 @@ from typing import Literal, get_args
 import numpy as np
 
 from carl_gym.algorithms.algorithm import Algorithm, register_algorithm
-from carl_gym.algorithms.anchors import relative
-from carl_gym.algorithms.credit import FloatArray, trajectory_returns
+from carl_gym.algorithms.credit import FloatArray, Gain, answer_belief, relative, trajectory_returns
 from carl_gym.algorithms.selection import Reduction, all_actions
-from carl_gym.errors import ConfigError, StateError
+from carl_gym.algorithms.settings import require_group, require_shares, require_word
 from carl_gym.rollouts.explorers import RootExplorer
 from carl_gym.rollouts.tree import RolloutTree
 
-Gain = Literal["probability", "logprob"]
 Pool = Literal["joint", "separate"]
 
 
@@ -58,13 +56,10 @@ def igpo(
     Raises:
         ConfigError: fewer than 2 rollouts, or another setting out of its range.
     """
-    if rollouts == 1:
-        raise ConfigError("rollouts must be at least 2: a group of one has no advantage to learn from")
-    if not isinstance(gamma, (int, float)) or not 0 <= gamma <= 1:
-        raise ConfigError(f"gamma must be a number from 0 to 1, not {gamma!r}")
-    for name, value, known in (("gain", gain, get_args(Gain)), ("pool", pool, get_args(Pool))):
-        if value not in known:
-            raise ConfigError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+    require_group(rollouts)
+    require_shares(gamma=gamma)
+    require_word("gain", gain, get_args(Gain))
+    require_word("pool", pool, get_args(Pool))
     return Algorithm(
         name="igpo",
         explorer=RootExplorer(rollouts),
@@ -89,7 +84,7 @@ def information_gain(trees: Sequence[RolloutTree], *, gamma: float, gain: Gain, 
 
 
 def _information_gain(tree: RolloutTree, gamma: float, gain: Gain, pool: Pool) -> FloatArray:
-    belief = _belief(tree, gain)
+    belief = answer_belief(tree, gain)
     reward = np.zeros(len(tree.nodes))
     leaves, reward[leaves] = trajectory_returns(tree)
     turns = np.array([node.id for node in tree.nodes if node.parent is not None and node.children], dtype=np.int64)
@@ -103,14 +98,3 @@ def _information_gain(tree: RolloutTree, gamma: float, gain: Gain, pool: Pool) -
             advantage[node.parent] += gamma * advantage[node.id] / tree.n(node.parent)
     advantage[[root.id for root in tree.roots()]] = 0.0
     return advantage
-
-
-def _belief(tree: RolloutTree, gain: Gain) -> FloatArray:
-    scores = tree.scores.get("answer_logprob")
-    acted = [node.id for node in tree.recorded()]
-    if scores is None or not np.isfinite(scores[acted]).all():
-        raise StateError(
-            f"the tree of question {tree.question.id!r} does not say how likely its gold answer is in every state; "
-            "fill tree.scores['answer_logprob'] with training.answer_scores.answer_logprobs before credit"
-        )
-    return np.exp(scores) if gain == "probability" else scores

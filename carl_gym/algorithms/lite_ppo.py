@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from carl_gym.algorithms.algorithm import Algorithm, register_algorithm
-from carl_gym.algorithms.credit import STD_EPSILON, FloatArray, mean_over_leaves, trajectory_returns
+from carl_gym.algorithms.credit import STD_EPSILON, FloatArray, per_trajectory, relative, trajectory_returns
 from carl_gym.algorithms.selection import Reduction, all_actions
-from carl_gym.errors import ConfigError
+from carl_gym.algorithms.settings import require_group
 from carl_gym.rollouts.explorers import RootExplorer
 from carl_gym.rollouts.tree import RolloutTree
 
@@ -39,8 +39,7 @@ def lite_ppo(
     Raises:
         ConfigError: fewer than 2 rollouts, or another setting out of its range.
     """
-    if rollouts == 1:
-        raise ConfigError("rollouts must be at least 2: a group of one has no advantage to learn from")
+    require_group(rollouts)
     return Algorithm(
         name="lite-ppo",
         explorer=RootExplorer(rollouts),
@@ -57,12 +56,6 @@ def batch_scaled(trees: Sequence[RolloutTree]) -> list[FloatArray]:
 
     A group of equal returns has A = 0. An action that several trajectories share gets the mean of theirs.
     """
-    found = [trajectory_returns(tree) for tree in trees]
-    everything = np.concatenate([np.zeros(0), *(returns for _, returns in found)])
+    everything = np.concatenate([np.zeros(0), *(trajectory_returns(tree)[1] for tree in trees)])
     spread = float(everything.std(ddof=1)) if len(everything) > 1 else 0.0
-    advantages = []
-    for tree, (leaves, returns) in zip(trees, found, strict=True):
-        # Rounding would not leave the mean of equal returns exactly equal to them.
-        centred = returns - returns.mean() if np.ptp(returns) > 0 else np.zeros(len(returns))
-        advantages.append(mean_over_leaves(tree, leaves, centred / (spread + STD_EPSILON)))
-    return advantages
+    return per_trajectory(trees, lambda returns: relative(returns, scaled=False) / (spread + STD_EPSILON))

@@ -7,13 +7,10 @@ from functools import partial
 
 import numpy as np
 
-from carl_gym.algorithms.a2tgpo import turn_normalised
 from carl_gym.algorithms.algorithm import Algorithm, register_algorithm
-from carl_gym.algorithms.anchors import relative, returns_to_go
-from carl_gym.algorithms.credit import FloatArray
+from carl_gym.algorithms.credit import FloatArray, relative, returns_to_go, turn_normalised
 from carl_gym.algorithms.selection import Reduction, all_actions
-from carl_gym.algorithms.tree_grpo import require_shares
-from carl_gym.errors import ConfigError
+from carl_gym.algorithms.settings import require_group, require_shares
 from carl_gym.rollouts.explorers import RootExplorer
 from carl_gym.rollouts.tree import RolloutTree
 
@@ -55,8 +52,7 @@ def mapo(
     Raises:
         ConfigError: fewer than 2 rollouts, or another setting out of its range.
     """
-    if rollouts == 1:
-        raise ConfigError("rollouts must be at least 2: a group of one has no turns to compare its own with")
+    require_group(rollouts)
     require_shares(turn_weight=turn_weight, gamma=gamma)
     return Algorithm(
         name="mapo",

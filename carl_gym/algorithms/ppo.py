@@ -10,6 +10,7 @@ import numpy as np
 from carl_gym.algorithms.algorithm import Algorithm, CriticSettings, register_algorithm
 from carl_gym.algorithms.credit import FloatArray
 from carl_gym.algorithms.selection import Reduction, all_actions
+from carl_gym.algorithms.settings import require_shares
 from carl_gym.errors import ConfigError, StateError
 from carl_gym.rollouts.explorers import RootExplorer
 from carl_gym.rollouts.tree import RolloutTree
@@ -57,9 +58,7 @@ def ppo(
     Raises:
         ConfigError: a setting out of its range.
     """
-    for name, value in (("gamma", gamma), ("lam", lam)):
-        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ConfigError(f"{name} must be a number from 0 to 1, not {value!r}")
+    require_shares(gamma=gamma, lam=lam)
     if not isinstance(critic_learning_rate, (int, float)) or not 0 < critic_learning_rate < np.inf:
         raise ConfigError(f"critic_learning_rate must be a number above 0, not {critic_learning_rate!r}")
     return Algorithm(

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from carl_gym.algorithms.algorithm import Algorithm, register_algorithm
-from carl_gym.algorithms.credit import FloatArray, mean_over_leaves, trajectory_returns
+from carl_gym.algorithms.credit import FloatArray, per_trajectory
 from carl_gym.algorithms.selection import Reduction, all_actions
-from carl_gym.errors import ConfigError
+from carl_gym.algorithms.settings import require_group
 from carl_gym.rollouts.explorers import RootExplorer
 from carl_gym.rollouts.tree import RolloutTree
 
@@ -42,8 +42,7 @@ def rloo(
     Raises:
         ConfigError: fewer than 2 rollouts, or another setting out of its range.
     """
-    if rollouts == 1:
-        raise ConfigError("rollouts must be at least 2: a group of one has nothing to leave in when one is left out")
+    require_group(rollouts)
     return Algorithm(
         name="rloo",
         explorer=RootExplorer(rollouts),
@@ -61,12 +60,10 @@ def leave_one_out(trees: Sequence[RolloutTree]) -> list[FloatArray]:
     A group of equal returns has A = 0, and so has a group of one. An action that several trajectories share gets the
     mean of theirs.
     """
-    return [_leave_one_out(tree) for tree in trees]
+    return per_trajectory(trees, _without_itself)
 
 
-def _leave_one_out(tree: RolloutTree) -> FloatArray:
-    leaves, returns = trajectory_returns(tree)
+def _without_itself(returns: FloatArray) -> FloatArray:
     if np.ptp(returns) == 0:  # rounding would not leave the mean of equal returns exactly equal to them
-        return np.zeros(len(tree.nodes))
-    others = (returns.sum() - returns) / (len(returns) - 1)
-    return mean_over_leaves(tree, leaves, returns - others)
+        return np.zeros(len(returns))
+    return returns - (returns.sum() - returns) / (len(returns) - 1)

@@ -8,7 +8,7 @@ from carl_gym.algorithms.algorithm import Algorithm, register_algorithm
 from carl_gym.algorithms.anchors import same_transition
 from carl_gym.algorithms.credit import FloatArray, group_normalised
 from carl_gym.algorithms.selection import Reduction, all_actions
-from carl_gym.errors import ConfigError
+from carl_gym.algorithms.settings import require_group
 from carl_gym.rollouts.explorers import RootExplorer
 from carl_gym.rollouts.tree import RolloutTree
 
@@ -43,8 +43,7 @@ def salt(
     Raises:
         ConfigError: fewer than 2 rollouts, or another setting out of its range.
     """
-    if rollouts == 1:
-        raise ConfigError("rollouts must be at least 2: a group of one has no advantage to learn from")
+    require_group(rollouts)
     return Algorithm(
         name="salt",
         explorer=RootExplorer(rollouts),

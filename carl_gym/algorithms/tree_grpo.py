@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from carl_gym.algorithms.algorithm import Algorithm, register_algorithm
-from carl_gym.algorithms.anchors import relative
-from carl_gym.algorithms.credit import FloatArray, IntArray, trajectory_returns
+from carl_gym.algorithms.credit import FloatArray, IntArray, relative, sum_over_leaves, trajectory_returns
 from carl_gym.algorithms.selection import Reduction, all_actions
-from carl_gym.errors import ConfigError
+from carl_gym.algorithms.settings import require_counts
 from carl_gym.rollouts.tree import Node, RolloutTree
 
 
@@ -118,27 +116,6 @@ def _tree_relative(tree: RolloutTree) -> FloatArray:
     return sum_over_leaves(tree, leaves, score)
 
 
-def sum_over_leaves(tree: RolloutTree, leaves: IntArray, scores: FloatArray) -> FloatArray:
-    """What every edge gets when each trajectory is trained as a row of its own: the sum of the scores of those that
-    share it; 0 at roots.
-
-    Args:
-        tree: complete.
-        leaves: ids of all leaves.
-        scores: one for each, such as an advantage of its trajectory.
-
-    Returns:
-        float array by node id.
-    """
-    total = np.zeros(len(tree.nodes))
-    total[leaves] = scores
-    for node in reversed(tree.nodes):
-        if node.parent is not None:
-            total[node.parent] += total[node.id]
-    total[[root.id for root in tree.roots()]] = 0.0
-    return total
-
-
 def root_of(tree: RolloutTree) -> IntArray:
     """By node id, the id of the root that the node hangs from."""
     root = np.arange(len(tree.nodes))
@@ -158,24 +135,3 @@ def states_by_root(tree: RolloutTree) -> dict[int, list[Node]]:
     for node in sorted(tree.recorded(), key=lambda node: (node.trajectory, node.depth)):
         states[int(root[node.id])].append(node)
     return states
-
-
-def require_counts(**counts: int) -> None:
-    """Raises ConfigError for a count that is not an integer of at least 1."""
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{name} must be an integer >= 1, not {value!r}")
-
-
-def require_shares(**shares: float) -> None:
-    """Raises ConfigError for what is not a number from 0 to 1."""
-    for name, value in shares.items():
-        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ConfigError(f"{name} must be a number from 0 to 1, not {value!r}")
-
-
-def require_weights(**weights: float) -> None:
-    """Raises ConfigError for what is not a finite number of at least 0."""
-    for name, value in weights.items():
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ConfigError(f"{name} must be a number >= 0, not {value!r}")

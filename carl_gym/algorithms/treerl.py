@@ -10,9 +10,10 @@ from itertools import cycle, islice
 import numpy as np
 
 from carl_gym.algorithms.algorithm import Algorithm, register_algorithm
-from carl_gym.algorithms.credit import FloatArray, trajectory_returns
+from carl_gym.algorithms.credit import FloatArray, sum_over_leaves, trajectory_returns
 from carl_gym.algorithms.selection import Reduction, all_actions
-from carl_gym.algorithms.tree_grpo import require_counts, states_by_root, sum_over_leaves
+from carl_gym.algorithms.settings import require_counts
+from carl_gym.algorithms.tree_grpo import states_by_root
 from carl_gym.errors import PolicyError
 from carl_gym.rollouts.tree import Node, RolloutTree
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import fmean
 
 import numpy as np
 
 from carl_gym.algorithms.algorithm import Algorithm, register_algorithm
-from carl_gym.algorithms.credit import FloatArray, difference, values
+from carl_gym.algorithms.credit import FloatArray, difference, exact_mean, values
 from carl_gym.algorithms.selection import BoolArray, Reduction
-from carl_gym.errors import ConfigError, StateError
+from carl_gym.algorithms.settings import require_counts
+from carl_gym.errors import StateError
 from carl_gym.rollouts.tree import RolloutTree
 
 
@@ -83,9 +83,7 @@ class AuxiliaryRollouts:
     auxiliary: int = 3
 
     def __post_init__(self) -> None:
-        for name, value in (("main", self.main), ("auxiliary", self.auxiliary)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be an integer >= 1, not {value!r}")
+        require_counts(main=self.main, auxiliary=self.auxiliary)
 
     def roots(self) -> tuple[int, ...]:
         """One root record with every main trajectory."""
@@ -143,5 +141,5 @@ def monte_carlo_values(tree: RolloutTree, *, main: int) -> FloatArray:
                 f"state {state.id} of question {tree.question.id!r} has no auxiliary rollouts to value it by; collect "
                 f"with AuxiliaryRollouts(main={main})"
             )
-        value[state.id] = fmean(returns)
+        value[state.id] = exact_mean(returns)
     return value

@@ -153,11 +153,8 @@ def answer_logprobs(
         longest = max(len(answer.tokens) for answer in ways)
         for node in tree.nodes:
             room = context - tree.prefix_length(node.id)
-            if node.parent is None and room < longest:
-                raise ConfigError(
-                    f"the gold answer of question {tree.question.id!r} has {longest} tokens, and its prompt leaves "
-                    f"room for {room} in a context of {context}; use a longer context or drop the question"
-                )
+            if node.parent is None:
+                require_room(tree.question, ways, tree.prefix_length(node.id), context)
             if node.terminal or room < longest:
                 continue
             prefix = tree.prefix(node.id)
@@ -172,6 +169,16 @@ def answer_logprobs(
         scores[node_id] = max(scores[node_id], mean)
     for tree in trees:
         _complete(tree)
+
+
+def require_room(question: Question, ways: Sequence[Answer], prompt: int, context: int) -> None:
+    """Raises ConfigError where a prompt of `prompt` tokens leaves no room for the longest way to write the answer."""
+    longest, room = max(len(answer.tokens) for answer in ways), context - prompt
+    if room < longest:
+        raise ConfigError(
+            f"the gold answer of question {question.id!r} has {longest} tokens, and its prompt leaves room for {room} "
+            f"in a context of {context}; use a longer context or drop the question"
+        )
 
 
 def _complete(tree: RolloutTree) -> None:

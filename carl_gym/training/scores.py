@@ -13,7 +13,7 @@ from carl_gym.envs.state import Question
 from carl_gym.errors import ConfigError
 from carl_gym.rollouts.environment import EnvTask
 from carl_gym.rollouts.tree import RolloutTree
-from carl_gym.training.answer_scores import AnswerEncoder, answer_encoder, answer_logprobs
+from carl_gym.training.answer_scores import AnswerEncoder, answer_encoder, answer_logprobs, require_room
 from carl_gym.training.config import TrainConfig
 from carl_gym.training.critic import Critic
 
@@ -55,8 +55,9 @@ class TreeScores:
         self._answers: AnswerEncoder | None = None
         if "gold answers" in algorithm.requires:
             self._answers = answer_encoder(agent)
-            for question in questions:
-                self._answers(question)  # refused here, before anything is sampled
+            for question in questions:  # refused here, before anything is sampled
+                prompt = agent.transcript.prompt(task.observation(task.initial(question)))
+                require_room(question, self._answers(question), len(prompt), agent.transcript.context)
         self.critic: Critic | None = None
         if algorithm.critic is not None and agent.model is not None:
             self.critic = Critic(

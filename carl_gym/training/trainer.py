@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,9 @@ METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 EVALUATION_FILE = "evaluation.json"
 RUN_FILE = "mlflow_run.json"
+MARGIN = 1.05
+"""How many more questions the last steps of a budget have than are thought to use it up: one that just misses it would
+be followed by a step on next to nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +182,7 @@ class Trainer:
     def _train_step(self, step: int) -> dict[str, float]:
         timings, started, cpu = Timings(), time.perf_counter(), time.process_time()
         questions = take_questions(self.questions, step - 1, self.config.questions_per_step, self.config.seed)
+        questions = questions[: questions_within(self.progress, self.config)]
         with self.profiler.span("rollout"):
             trees = collect(
                 self.task,
@@ -218,7 +223,7 @@ class Trainer:
         )
         return {
             **asdict(self.progress),
-            **rollout_metrics(self.task, credited),
+            **rollout_metrics(self.task, credited, sum(self.algorithm.explorer.roots())),
             **update_metrics(updates),
             **learned,
             "time/sample": timings.sample,
@@ -410,8 +415,30 @@ def take_questions(questions: Sequence[Question], step: int, count: int, seed: i
     return chosen
 
 
-def rollout_metrics(task: SearchTask, credited: Sequence[CreditedTree]) -> dict[str, float]:
-    """What was sampled in a step. Scores are means over trajectories, forks included."""
+def questions_within(progress: Progress, config: TrainConfig) -> int:
+    """How many questions the next step has: `questions_per_step`, or fewer in the last two of a budget of actions.
+
+    Steps of different algorithms generate different numbers of actions. If all were of full size, a run would end
+    anywhere up to a step above its budget, and the algorithm with the larger steps would have been given more.
+    """
+    full, budget = config.questions_per_step, config.max_actions
+    if budget is None or not progress.actions_generated:
+        return full
+    left = (budget - progress.actions_generated) * progress.step * full / progress.actions_generated
+    steps = math.ceil(left / full)
+    if steps > 2:
+        return full
+    return min(full, max(config.minibatches, math.ceil(MARGIN * left / max(steps, 1))))
+
+
+def rollout_metrics(task: SearchTask, credited: Sequence[CreditedTree], initial: int) -> dict[str, float]:
+    """What was sampled in a step. Scores are means over trajectories, forks included.
+
+    Args:
+        task: of the rollouts.
+        credited: their trees.
+        initial: how many trajectories of each start at the root before anything is forked.
+    """
     trees = [c.tree for c in credited]
     leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves()]
     infos = [task.info(leaf.state) for _, leaf in leaves]
@@ -429,10 +456,19 @@ def rollout_metrics(task: SearchTask, credited: Sequence[CreditedTree]) -> dict[
         "rollout/actions_trained": float(sum(int(c.selected.sum()) for c in credited)),
         "rollout/actions_with_advantage": float(sum(int((c.selected & (c.advantages != 0)).sum()) for c in credited)),
         "rollout/tokens": float(sum(len(node.action.token_ids) for node in actions if node.action)),
-        "rollout/action_entropy": float(
-            np.mean([tree.h(node.id) for tree in trees for node in tree.nodes if node.action])
-        ),
+        "rollout/action_entropy": policy_entropy(trees, initial),
     }
+
+
+def policy_entropy(trees: Sequence[RolloutTree], initial: int) -> float:
+    """Mean of h(a|s), in nats per token, over the actions of the first `initial` trajectories of every tree.
+
+    Those run from the root to the end on the policy alone. Forks do not: they start where it was uncertain, so a mean
+    over them would call a policy that is rolled out by CARL more uncertain than the same one under GRPO.
+    """
+    return float(
+        np.mean([t.h(node.id) for t in trees for node in t.nodes if node.action and node.trajectory < initial])
+    )
 
 
 def trained_tokens(credited: CreditedTree) -> int:
