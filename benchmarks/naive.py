@@ -27,7 +27,7 @@ from carl_gym.rollouts import RolloutTree, collect
 from carl_gym.rollouts.collector import Timings
 from carl_gym.training.config import TrainConfig
 from carl_gym.training.loss import ppo_clip
-from carl_gym.training.trainer import load_data, take_questions
+from carl_gym.training.questions import load_data, take_questions
 
 
 class GeneratePolicy:

@@ -42,7 +42,8 @@ from carl_gym.files import write_json
 from carl_gym.rollouts.collector import MIN_ACTION_TOKENS
 from carl_gym.tracking.curves import learning_curve
 from carl_gym.training.config import TrainConfig
-from carl_gym.training.trainer import Trainer, load_data, take_questions
+from carl_gym.training.questions import load_data, take_questions
+from carl_gym.training.trainer import Trainer
 
 Method = Literal["trl", "grpo", "carl", "carl-lite"]
 NAMES: dict[Method, str] = {"trl": "TRL GRPO", "grpo": "our GRPO", "carl": "our CARL", "carl-lite": "our CARL-Lite"}

@@ -163,7 +163,7 @@ def test_an_episode_that_fills_the_context_says_so(small_task: SearchTask) -> No
 
 def test_questions_are_those_that_training_holds_out(mini_set: None) -> None:
     from carl_gym.training.config import TrainConfig
-    from carl_gym.training.trainer import load_data
+    from carl_gym.training.questions import load_data
 
     with pytest.warns(UserWarning, match="mini set"):
         task, train_questions, _, held_out = load_data(TrainConfig(env="carl/HotpotQA-v0", eval_questions=40))

@@ -23,7 +23,9 @@ from carl_gym.errors import ConfigError
 from carl_gym.paths import PACKAGE
 from carl_gym.training.checkpoints import Progress, checkpoints
 from carl_gym.training.config import TrainConfig
-from carl_gym.training.trainer import Trainer, load_data, policy_entropy, questions_within, take_questions
+from carl_gym.training.metrics import policy_entropy
+from carl_gym.training.questions import load_data, questions_within, take_questions
+from carl_gym.training.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,7 +80,7 @@ def check_questions(plan: Plan) -> None:
         ConfigError: questions that a learning rate is chosen on are final ones, too, or cannot be had.
         CarlGymError: as `make_task`.
     """
-    from carl_gym.training.trainer import load_data  # imports torch
+    from carl_gym.training.questions import load_data  # imports torch
 
     by_phase = {cell.phase: cell.config for cell in plan.possible_cells()}
     asked = {phase: {question.id for question in load_data(config)[-1]} for phase, config in by_phase.items()}

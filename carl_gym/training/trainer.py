@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -21,12 +20,9 @@ import torch
 from carl_gym.agents.agent import load_agent
 from carl_gym.agents.canary import TOLERANCES, Canary
 from carl_gym.algorithms import token_weights
-from carl_gym.cards import parse_assignments
-from carl_gym.envs.registration import make_task
 from carl_gym.envs.state import Question
-from carl_gym.envs.task import SearchTask
 from carl_gym.errors import ConfigError
-from carl_gym.evaluation import Episode, held_out_first, play, summarise
+from carl_gym.evaluation import Episode, play, summarise
 from carl_gym.files import write_json
 from carl_gym.rollouts.collector import Timings, check_schedule, collect
 from carl_gym.rollouts.tree import RolloutTree
@@ -37,8 +33,10 @@ from carl_gym.training.checkpoints import Progress, checkpoints, load_checkpoint
 from carl_gym.training.config import MAY_CHANGE, TrainConfig, check_output_dir, claim_output_dir
 from carl_gym.training.instruments import instrumented
 from carl_gym.training.learner import Learner, UpdateMetrics
+from carl_gym.training.metrics import CreditedTree, rollout_metrics, trained_tokens, update_metrics
 from carl_gym.training.profile_report import write_profile
 from carl_gym.training.profiler import Profiler
+from carl_gym.training.questions import load_data, questions_within, take_questions
 from carl_gym.training.scores import TreeScores
 from carl_gym.training.segments import rows, segments
 
@@ -46,18 +44,6 @@ METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 EVALUATION_FILE = "evaluation.json"
 RUN_FILE = "mlflow_run.json"
-MARGIN = 1.05
-"""How many more questions the last steps of a budget have than are thought to use it up: one that just misses it would
-be followed by a step on next to nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class CreditedTree:
-    """A tree with what the algorithm made of it, by node id: advantage, and whether the edge into the node trains."""
-
-    tree: RolloutTree
-    advantages: np.ndarray
-    selected: np.ndarray
 
 
 class Trainer:
@@ -375,117 +361,3 @@ class Trainer:
             "after": evaluations[-1] if evaluations else None,
             "config": self.config.as_dict(),
         }
-
-
-def load_data(config: TrainConfig) -> tuple[SearchTask, list[Question], SearchTask, list[Question]]:
-    """Training task and questions, evaluation task and questions, sharing no question.
-
-    MiniWiki is evaluated on a test world, other data with the `eval_args` of the configuration. Without any, the
-    evaluation questions are held out by a shuffle that depends on their ids alone: every run holds out the same ones.
-    """
-    arguments = parse_assignments(config.env_args)
-    other = parse_assignments(config.eval_args)
-    if config.env.endswith("MiniWiki-v0"):
-        if config.data_dir:
-            raise ConfigError(f"{config.env} generates its data; leave out --data-dir")
-        training = {"split": "train", "questions": config.train_questions, **arguments}
-        other = {"split": "test", "questions": max(config.eval_questions, 1), **other}
-    else:
-        training = arguments | ({"data_dir": config.data_dir} if config.data_dir else {})
-    task = make_task(config.env, **training)
-    held_out = make_task(config.env, **training | other) if other else task
-    order = list(task.questions.values()) if other else held_out_first(task.questions.values())
-    evaluation = (list(held_out.questions.values()) if other else order)[: config.eval_questions]
-    taken = {question.id for question in evaluation}
-    train = [question for question in order if question.id not in taken]
-    if not train:
-        raise ConfigError(
-            f"{task.source} has {len(task.questions)} questions, which leaves none to train on with eval_questions="
-            f"{config.eval_questions}; lower it"
-        )
-    return task, train[: config.train_questions], held_out, evaluation
-
-
-def take_questions(questions: Sequence[Question], step: int, count: int, seed: int) -> list[Question]:
-    """The questions of a step: consecutive ones of an endless stream of reshuffled epochs."""
-    chosen = []
-    for position in range(step * count, (step + 1) * count):
-        epoch, offset = divmod(position, len(questions))
-        chosen.append(questions[int(np.random.default_rng([seed, epoch]).permutation(len(questions))[offset])])
-    return chosen
-
-
-def questions_within(progress: Progress, config: TrainConfig) -> int:
-    """How many questions the next step has: `questions_per_step`, or fewer in the last two of a budget of actions.
-
-    Steps of different algorithms generate different numbers of actions. If all were of full size, a run would end
-    anywhere up to a step above its budget, and the algorithm with the larger steps would have been given more.
-    """
-    full, budget = config.questions_per_step, config.max_actions
-    if budget is None or not progress.actions_generated:
-        return full
-    left = (budget - progress.actions_generated) * progress.step * full / progress.actions_generated
-    steps = math.ceil(left / full)
-    if steps > 2:
-        return full
-    return min(full, max(config.minibatches, math.ceil(MARGIN * left / max(steps, 1))))
-
-
-def rollout_metrics(task: SearchTask, credited: Sequence[CreditedTree], initial: int) -> dict[str, float]:
-    """What was sampled in a step. Scores are means over trajectories, forks included.
-
-    Args:
-        task: of the rollouts.
-        credited: their trees.
-        initial: how many trajectories of each start at the root before anything is forked.
-    """
-    trees = [c.tree for c in credited]
-    leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves()]
-    infos = [task.info(leaf.state) for _, leaf in leaves]
-    actions = [node for tree in trees for node in tree.nodes if node.action is not None]
-    generated = len(actions)
-    return {
-        "rollout/reward": float(np.mean([tree.trajectory_return(leaf.id) for tree, leaf in leaves])),
-        "rollout/em": float(np.mean([info["em"] for info in infos])),
-        "rollout/f1": float(np.mean([info["f1"] for info in infos])),
-        "rollout/turns": float(np.mean([info["turns"] for info in infos])),
-        "rollout/invalid": sum(not node.state.turns[-1].action.valid for node in actions) / generated,
-        "rollout/truncated": float(np.mean([leaf.truncated for _, leaf in leaves])),
-        "rollout/trajectories": float(len(leaves)),
-        "rollout/actions_generated": float(generated),
-        "rollout/actions_trained": float(sum(int(c.selected.sum()) for c in credited)),
-        "rollout/actions_with_advantage": float(sum(int((c.selected & (c.advantages != 0)).sum()) for c in credited)),
-        "rollout/tokens": float(sum(len(node.action.token_ids) for node in actions if node.action)),
-        "rollout/action_entropy": policy_entropy(trees, initial),
-    }
-
-
-def policy_entropy(trees: Sequence[RolloutTree], initial: int) -> float:
-    """Mean of h(a|s), in nats per token, over the actions of the first `initial` trajectories of every tree.
-
-    Those run from the root to the end on the policy alone. Forks do not: they start where it was uncertain, so a mean
-    over them would call a policy that is rolled out by CARL more uncertain than the same one under GRPO.
-    """
-    return float(
-        np.mean([t.h(node.id) for t in trees for node in t.nodes if node.action and node.trajectory < initial])
-    )
-
-
-def trained_tokens(credited: CreditedTree) -> int:
-    """Tokens of the actions that train."""
-    chosen = (node for node in credited.tree.nodes if credited.selected[node.id])
-    return sum(len(node.action.token_ids) for node in chosen if node.action)
-
-
-def update_metrics(updates: Sequence[UpdateMetrics | None]) -> dict[str, float]:
-    """Means over the optimiser steps of a training step; minibatches with nothing to train are counted as skipped."""
-    done = [update for update in updates if update is not None]
-    found = {"update/skipped": float(len(updates) - len(done))}
-    if done:
-        # Only the first minibatch is scored by the weights that sampled: there the gap is sampler against learner.
-        found["update/logprob_gap"] = done[0].gap
-        for name in ("loss", "clip_fraction", "entropy", "grad_norm"):
-            found[f"update/{name}"] = float(np.mean([getattr(update, name) for update in done]))
-        for name in ("tokens", "needed"):
-            found[f"update/{name}"] = float(sum(getattr(update, name) for update in done))
-    return found
