@@ -26,7 +26,7 @@ from carl_gym.training.config import (
         ({"forks": -1}, "forks"),
         ({"forks_per_round": 0}, "forks_per_round"),
         ({"algorithm": "grpo", "rollouts": 1}, "rollouts must be at least 2"),
-        ({"algorithm": "carl-light"}, "did you mean 'carl-lite'.*known: carl, .*carl-lite, .*grpo"),
+        ({"algorithm": "carl-light"}, "did you mean 'carl-lite'.*known: .*carl, .*carl-lite, .*grpo"),
         ({"algorithm": "grpo", "forks": 4}, "unknown setting 'forks' of algorithm 'grpo'.*rollouts"),
         ({"algorithm": "carl", "rollouts": 4}, "unknown setting 'rollouts' of algorithm 'carl'.*initial"),
         ({"algorithm_args": ("initial=0",)}, r"initial \(N0\) must be an integer >= 1, not 0"),
