@@ -159,6 +159,9 @@ def main(options: Options) -> None:
         options = replace(options, **QUICK)  # type: ignore[arg-type]
     if unknown := [name for name in options.settings if name not in SETTINGS]:
         raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(SETTINGS)}")
+    for name, least in {"batches": 2, "batch_actions": 1, "seed": 0, "value_noise": 0.0, "threshold": 0.0}.items():
+        if not getattr(options, name) >= least:
+            raise ConfigError(f"{name} = {getattr(options, name)}; expected {least} or more")
     began = time.process_time()
     benches = [make_bench(name, options) for name in options.settings]
     print(
@@ -197,9 +200,10 @@ scaled columns.
 
 Gradient: of the loss at ratio 1, by the logits. cos E: cosine between the expected gradient and the true one, the
 sampling noise of the first one's length removed (so it may exceed 1), +- jackknife standard error over batches. cos 1:
-mean cosine of one batch's gradient. A mean over actions divides by an action's number of tokens, and so even the exact
-A misses the true direction where actions differ in length. Critical: the share of generated actions, and of the tokens'
-training weight, at states with C(s) above the threshold.
+mean cosine of one batch's gradient, +- standard error over batches. Both errors are of batches on this one world and
+policy; another seed draws others, and differs by more. A mean over actions divides by an action's number of tokens, and
+so even the exact A misses the true direction where actions differ in length. Critical: the share of generated actions,
+and of the tokens' training weight, at states with C(s) above the threshold.
 
 Values: V' - V at roots (mean per tree) and at all forked states (two or more children), +- standard error over trees.
 slope k: sum A' A / sum A^2 over the actions of states with k children, for the tree difference; 1 - 1/k where V' is
@@ -365,6 +369,7 @@ def references(bench: Bench) -> list[Algorithm]:
         Algorithm("(exact A, rollouts, critical states)", rollouts, exact, at_critical, loss_reduction="token"),
         Algorithm("(exact A, rollouts, mean over actions)", rollouts, exact, all_actions),
         Algorithm("(exact A, CARL's trees)", carl.explorer, exact, forked_states),
+        Algorithm("(exact A, CARL's trees, all actions)", carl.explorer, exact, all_actions, loss_reduction="token"),
         Algorithm("(forks by a state's entropy)", StateForking(), tree_difference, forked_states),
         with_shuffled_advantages(get_algorithm("grpo")),
     ]
@@ -427,7 +432,7 @@ class Result:
         generated_critical: share of the generated actions at critical states.
         weight_critical: share of the training weight there.
         cosine: between E[gradient] and the true one, with its standard error.
-        one_batch: mean cosine of one batch's gradient.
+        one_batch: mean cosine of one batch's gradient, with its standard error.
     """
 
     name: str
@@ -441,7 +446,7 @@ class Result:
     generated_critical: float
     weight_critical: float
     cosine: tuple[float, float]
-    one_batch: float
+    one_batch: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -657,7 +662,7 @@ def gradient_table(results: Sequence[Result]) -> str:
             percent(r.generated_critical),
             percent(r.weight_critical),
             plus_minus(*r.cosine) if r.cosine[1] < LARGEST_ERROR else "",
-            f"{r.one_batch:.2f}",
+            plus_minus(*r.one_batch),
         )
         for r in results
     ]

@@ -81,13 +81,13 @@ def test_the_cosine_of_the_mean_is_cleared_of_noise():
     draws = mean + 0.3 * rng.normal(size=(200, 1000))
     value, error = cosine_of_mean(draws @ draws.T, draws[:, 0], 1.0)
     assert error < 0.05 and abs(value - 0.5) < 4 * error
-    assert mean_cosine(draws @ draws.T, draws[:, 0], 1.0) < 0.1
+    assert mean_cosine(draws @ draws.T, draws[:, 0], 1.0)[0] < 0.1
     assert all(map(math.isnan, cosine_of_mean(np.eye(4), np.ones(4), 1.0)))  # no two draws have anything in common
 
 
 def test_a_batch_without_gradient_has_cosine_0():
     gram = np.array([[4.0, 0.0], [0.0, 0.0]])
-    assert mean_cosine(gram, np.array([2.0, 0.0]), 1.0) == 0.5
+    assert mean_cosine(gram, np.array([2.0, 0.0]), 1.0) == (0.5, 0.5)  # of 1 and 0: sd sqrt(1/2), over sqrt(2)
 
 
 def test_means_and_ratios_with_their_errors():
@@ -120,6 +120,9 @@ def test_algorithms_with_settings():
             parse_algorithm(text)
     with pytest.raises(ConfigError, match="no_such"):
         main(replace(SMALL, settings=("no_such",)))
+    for wrong in ({"batches": 1}, {"batch_actions": 0}, {"seed": -1}, {"value_noise": -0.1}, {"threshold": math.nan}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            main(replace(SMALL, **wrong))
 
 
 def test_algorithms_with_equal_explorers_share_trees():
@@ -180,15 +183,24 @@ def test_exact_advantages_have_no_error_and_point_along_the_gradient():
     (result,), _, failed = measure(bench, group, SMALL)
     assert not failed and result.raw[:3] == pytest.approx((0, 0, 0), abs=1e-9) and result.factor == pytest.approx(1)
     value, error = result.cosine
-    assert abs(value - 1) < max(4 * error, 0.005) and error < 0.03 and 0.5 < result.one_batch < 1
+    assert abs(value - 1) < max(4 * error, 0.005) and error < 0.03 and 0.5 < result.one_batch[0] < 1
     assert abs(result.actions_per_batch - SMALL.batch_actions) < 150 and result.trained == 1
+
+
+def test_forks_hardly_bend_the_exact_gradient_and_carls_update_set_does():
+    bench = make_bench("middling", SMALL)
+    group = {a.name: a for a in references(bench) if "CARL's trees" in a.name}
+    results = {one.name: one for one in measure(bench, list(group.values()), SMALL)[0]}
+    part, everything = results["(exact A, CARL's trees)"], results["(exact A, CARL's trees, all actions)"]
+    assert everything.trained == 1 > part.trained
+    assert everything.cosine[0] > 0.95 > part.cosine[0] and everything.one_batch[0] > part.one_batch[0] + 0.05
 
 
 def test_shuffled_advantages_say_nothing():
     bench = make_bench("middling", SMALL)
     shuffled, grpo = references(bench)[-1], get_algorithm("grpo")
     control, real = measure(bench, [shuffled, grpo], SMALL)[0]
-    assert abs(control.one_batch) < 0.1 < 0.4 < real.one_batch
+    assert abs(control.one_batch[0]) < 0.1 < 0.4 < real.one_batch[0]
     assert control.scaled[2] / control.scaled[3] > 0.99 > real.scaled[2] / real.scaled[3]
 
 

@@ -170,7 +170,8 @@ def test_a_state_of_another_world_is_refused(change):
     [
         {"turns": 0}, {"options": 1}, {"options": 9}, {"critical": (0,)}, {"critical": (9,)}, {"critical": (2, 2)},
         {"stake": 1.5}, {"slips": -0.1}, {"slip_cost": True}, {"trees": 0}, {"seed": "x"}, {"repeated": 1},
-        {"no_such": 1}, {"render_mode": "human"},
+        {"no_such": 1}, {"render_mode": "human"}, {"critical": 3}, {"critical": None}, {"critical": (3.0,)},
+        {"critical": (True,)}, {"critical": ([3],)},
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(kwargs):
@@ -178,15 +179,33 @@ def test_settings_that_cannot_be_are_refused(kwargs):
         CriticalTreeEnv(**kwargs)
 
 
+def test_settings_of_the_same_world_have_the_same_hash():
+    """So that a state can move between environments that differ in spelling only."""
+    spelled = CriticalTreeSettings(critical=[6, 3], stake=1, slip_cost=0)
+    assert spelled == CriticalTreeSettings(critical=(3, 6), stake=1.0, slip_cost=0.0)
+    assert spelled.hash == CriticalTreeSettings(critical=(3, 6), stake=1.0, slip_cost=0.0).hash
+    assert spelled.hash != CriticalTreeSettings().hash
+
+
+def test_any_answer_ends_the_episode_early():
+    env = CriticalTreeEnv(turns=4, critical=(2,), stake=0.8, early_answer=True)
+    env.reset(seed=0)
+    _, reward, terminated, _, info = env.step("<answer>whatever</answer>")
+    assert terminated and (info["status"], info["missed"]) == ("answered", 1) and reward == pytest.approx(0.2)
+
+
 def test_wrong_use_says_what_to_do():
     env = CriticalTreeEnv()
     with pytest.raises(StateError, match="reset"):
         env.step(search(0))
-    for options in ({"question_id": "tree99"}, {"no_such": 1}, {"question_id": "tree0", "state": "x"}):
+    for options in (
+        {"question_id": "tree99"}, {"question_id": ["tree0"]}, {"no_such": 1}, {"question_id": "tree0", "state": "x"}
+    ):  # fmt: skip
         with pytest.raises(ConfigError):
             env.reset(options=options)
-    with pytest.raises(ConfigError, match="at least 1"):
-        env.fork(0)
+    for n in (0, 1.5, "2"):
+        with pytest.raises(ConfigError, match="at least 1"):
+            env.fork(n)
     with pytest.raises(StateError, match="JSON text"):
         env.set_state(7)
 
@@ -322,6 +341,13 @@ def test_a_world_too_large_or_with_a_loop_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match="two turns"):
         enumerate_mdp(Looping(SMALL))
 
+    class Alike(CriticalTask):
+        def observation(self, state: EnvState) -> str:
+            return super().observation(state).replace("tree 1", "tree 0")
+
+    with pytest.raises(ConfigError, match="two questions"):
+        enumerate_mdp(Alike(SMALL))
+
 
 # -- tokens --------------------------------------------------------------------------------------------
 
@@ -344,6 +370,14 @@ def test_token_log_probs_and_entropies_worked_by_hand():
     ln2 = math.log(2)
     assert np.allclose(logprobs, [[[-ln2, 0, 0], [-ln2, -ln2, 0], [-ln2, -ln2, 0]]])
     assert np.allclose(entropies, -logprobs)
+
+
+def test_token_log_probs_stay_finite_where_probabilities_underflow():
+    """exp(-900) is 0 as a float. After the token 1, the actions 10 and 110 are equally likely however unlikely 1 is."""
+    logprobs, entropies = TokenTable(prefix_code(3)).logprobs(np.array([[900.0, 0.0, 0.0]]))
+    ln2 = math.log(2)
+    assert np.allclose(logprobs, [[[0, 0, 0], [-900 + ln2, -ln2, 0], [-900 + ln2, -ln2, 0]]])
+    assert np.allclose(entropies, [[[0, 0, 0], [0, ln2, 0], [0, ln2, 0]]])
 
 
 def test_token_log_probs_add_up_and_entropies_are_their_expectation():

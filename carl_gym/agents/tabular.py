@@ -100,11 +100,13 @@ def enumerate_mdp(task: FiniteTask) -> FiniteMDP:
     """Every state, by the same functions that the collector calls.
 
     Raises:
-        ConfigError: more than `MAX_STATES` states, or one state in two turns.
+        ConfigError: more than `MAX_STATES` states, one state in two turns, or one first state of two questions.
     """
     count = len(task.actions)
     layer = [task.initial(question) for question in task.questions.values()]
     index = {symbol(task.observation(state)): number for number, state in enumerate(layer)}
+    if len(index) < len(layer):
+        raise ConfigError("two questions begin with the same observation; name the question in the state")
     starts, states, layers = np.arange(len(layer)), list(layer), []
     after: list[list[int]] = []
     rewards: list[list[float]] = []
@@ -254,12 +256,12 @@ class TokenTable:
 
     def logprobs(self, logits: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Log-prob and entropy of every token of every action, (S, A, L) each; 0 behind an action's end."""
-        log_pi = np.log(softmax(logits))
+        log_pi = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # finite where pi underflows
         with np.errstate(divide="ignore"):
             log_p = np.logaddexp.reduce(log_pi[:, None, None, :] + np.log(self.shares), axis=-1)  # (S, A, L + 1)
         logprobs = log_p[:, :, 1:] - log_p[:, :, :-1]
         # At a prefix: expectation, over the actions that share it, of minus the log-prob of their next token.
-        among = np.where(self.shares[None], np.exp(log_pi[:, None, None, :] - log_p[..., None]), 0.0)[:, :, :-1]
+        among = np.exp(np.where(self.shares[None], log_pi[:, None, None, :] - log_p[..., None], -np.inf))[:, :, :-1]
         entropies = -(among * logprobs.transpose(0, 2, 1)[:, None]).sum(axis=-1)
         there = np.arange(logprobs.shape[2]) < self.lengths[:, None]
         return np.where(there, logprobs, 0.0), np.where(there, entropies, 0.0)

@@ -84,17 +84,21 @@ class CriticalTreeSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise ConfigError(f"CriticalTree: {name} = {value!r}; expected a share, from 0 to 1")
+            object.__setattr__(self, name, float(value))
         for name in ("early_answer", "repeated"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"CriticalTree: {name} = {getattr(self, name)!r}; expected True or False")
         if type(self.seed) is not int:
             raise ConfigError(f"CriticalTree: seed = {self.seed!r}; expected a whole number")
-        object.__setattr__(self, "critical", tuple(self.critical))
-        allowed = range(1, self.turns + 1)
-        if len(set(self.critical)) != len(self.critical) or any(turn not in allowed for turn in self.critical):
+        known = isinstance(self.critical, (tuple, list)) and all(
+            type(turn) is int and 1 <= turn <= self.turns for turn in self.critical
+        )
+        if not known or len(set(self.critical)) != len(self.critical):
             raise ConfigError(
-                f"CriticalTree: critical = {self.critical}; expected different turns from 1 to {self.turns}"
+                f"CriticalTree: critical = {self.critical!r}; expected different turns from 1 to {self.turns}, such as "
+                f"({self.turns},)"
             )
+        object.__setattr__(self, "critical", tuple(sorted(self.critical)))
 
     @property
     def hash(self) -> str:
@@ -309,8 +313,9 @@ class CriticalTreeEnv(gym.Env[str, str]):
 
     ## Action Space
     Any `str` (`OptionSpace`; `sample()` gives actions of the world): `<search>option</search>`, and with
-    `early_answer=True` also `<answer>done</answer>`. Text around the action and in `<think>…</think>` is ignored. Any
-    other text is an invalid action: it uses up the turn and counts as missed on a critical turn, as a slip elsewhere.
+    `early_answer=True` also `<answer>done</answer>`, or any other answer. Text around the action and in
+    `<think>…</think>` is ignored. Any other text is an invalid action: it uses up the turn and counts as missed on a
+    critical turn, as a slip elsewhere.
     What is not a `str` raises `ActionError`.
 
     ## Observation Space
@@ -382,8 +387,8 @@ class CriticalTreeEnv(gym.Env[str, str]):
 
     def fork(self, n: int) -> list[CriticalTreeEnv]:
         """`n` new environments at this state; they share the world, and nothing that changes."""
-        if n < 1:
-            raise ConfigError(f"fork({n}): the number of environments must be at least 1")
+        if type(n) is not int or n < 1:
+            raise ConfigError(f"fork({n!r}): the number of environments must be a whole number of at least 1")
         self.state  # noqa: B018  (raises before reset)
         return [self._copy() for _ in range(n)]
 
@@ -404,7 +409,7 @@ class CriticalTreeEnv(gym.Env[str, str]):
             raise ConfigError(f"reset: options {sorted(options)}; expected 'question_id' or 'state', or none")
         drawn = self._question_ids[int(self.np_random.integers(len(self._question_ids)))]
         question_id = options.get("question_id", drawn)
-        if question_id not in self.task.questions:
+        if question_id not in self._question_ids:
             raise ConfigError(f"reset: no question {question_id!r}; they are tree0 to {self._question_ids[-1]}")
         fresh = self.task.initial(self.task.questions[question_id])
         self._state = state = self._read(options["state"]) if "state" in options else fresh

@@ -110,13 +110,13 @@ def cosine_of_mean(gram: FloatArray, products: FloatArray, length: float) -> tup
     return (math.nan, math.nan) if math.isnan(error) else (whole, error)
 
 
-def mean_cosine(gram: FloatArray, products: FloatArray, length: float) -> float:
-    """Mean over batches of the cosine; a batch without a gradient counts as 0."""
+def mean_cosine(gram: FloatArray, products: FloatArray, length: float) -> tuple[float, float]:
+    """Mean over batches of the cosine, with its standard error; a batch without a gradient counts as 0."""
     sizes = np.sqrt(np.diag(gram))
-    return float(np.divide(products, sizes * length, out=np.zeros(len(sizes)), where=sizes * length > 0).mean())
+    return mean_and_error(np.divide(products, sizes * length, out=np.zeros(len(sizes)), where=sizes * length > 0))
 
 
-def mean_and_error(sample: Sequence[float]) -> tuple[float, float]:
+def mean_and_error(sample: Sequence[float] | FloatArray) -> tuple[float, float]:
     """Mean and its standard error; nan for none, or for the error of one."""
     n = len(sample)
     mean = float(np.mean(sample)) if n else math.nan
