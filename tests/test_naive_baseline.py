@@ -89,7 +89,9 @@ def test_loss_gradient_and_step_are_our_learner_s(tiny_agent: Agent, name: str):
     pairs = list(zip(ours.model.parameters(), naive.model.parameters(), strict=True))
     difference = torch.stack([(one.grad - two.grad).norm() for one, two in pairs]).norm()
     assert difference <= 1e-5 * metrics.grad_norm
-    assert all(torch.allclose(one, two, atol=1e-5) for one, two in pairs)
+    for one, two in pairs:
+        sure = one.grad.abs() > 1e-6  # AdamW's first step divides the gradient by its size + 1e-8
+        assert torch.allclose(one[sure], two[sure], atol=1e-6)
 
 
 def test_nothing_selected_is_no_step(tiny_agent_folder: Path):

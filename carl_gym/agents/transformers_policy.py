@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -86,7 +86,8 @@ class TransformersPolicy:
         check_requests(requests, self.context)
         # Rows of similar length are decoded together; the rest joins as they finish.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prefix))
-        answers = dict(zip(order, sample_by_stream(self, [requests[i] for i in order]), strict=True))
+        with self._evaluation_mode():  # once: nobody else sees the model in between, as in a stream
+            answers = dict(zip(order, sample_by_stream(self, [requests[i] for i in order]), strict=True))
         return [answers[i] for i in range(len(requests))]
 
     def stream(self, exchange: Exchange) -> None:
@@ -108,7 +109,7 @@ class TransformersPolicy:
                 waiting.extend(Slot(number, request) for number, request in new)
                 if idle and not waiting:
                     return
-                with torch.inference_mode(), evaluation_mode(self.model) if self.model.training else nullcontext():
+                with torch.inference_mode(), self._evaluation_mode():
                     self._admit(waiting)
                     self._step()
                 if self._cache.bytes > CACHE_SLACK * self._cache.max_bytes:
@@ -166,6 +167,9 @@ class TransformersPolicy:
     def counters(self) -> Counters:
         """What went through the model since the policy was made."""
         return self._batch.counters
+
+    def _evaluation_mode(self) -> AbstractContextManager[None]:
+        return evaluation_mode(self.model) if self.model.training else nullcontext()
 
     def _admit(self, waiting: deque[Slot]) -> None:
         """Requests join once they make a quarter of what is under way: a prefill for each would cost more."""
