@@ -15,7 +15,7 @@ import pytest
 from training_runs import arguments, metrics
 
 from carl_gym.errors import DataError
-from carl_gym.training.cli import main, read_summary, result_table
+from carl_gym.training.cli import main, parse, read_summary, result_table
 from carl_gym.training.config import TrainConfig
 
 
@@ -118,6 +118,28 @@ def test_a_file_to_compare_with_must_be_the_summary_of_a_run_with_evaluations(co
         read_summary(tmp_path / "x.json")
 
 
+# -- a file of options -----------------------------------------------------------------------------
+
+
+def test_the_command_line_comes_before_the_file_option_by_option(surroundings):
+    (surroundings / "run.toml").write_text(
+        'algorithm = "grpo"\nrollouts = 4\nbf16 = true\nenv_args = ["turns=3", "top_k=2"]\nsteps = 7\n'
+    )
+    words = ["--rollouts", "8", "--no-bf16", "--env-args", "turns=5", "--config", "run.toml", "--profile"]
+    options = parse(words)
+    assert (options.algorithm, options.rollouts, options.bf16, options.steps) == ("grpo", 8, False, 7)
+    assert options.env_args == ("turns=5",) and options.profile
+    assert options.questions_per_step == TrainConfig().questions_per_step
+
+
+def test_a_file_that_cannot_be_used_is_refused_with_its_name_and_nothing_is_written(surroundings, capsys):
+    (surroundings / "run.toml").write_text("step = 3")
+    assert "run.toml: unknown key 'step' (did you mean 'steps'?)" in refused(
+        ["--config", "run.toml"], surroundings, capsys
+    )
+    assert "none.toml: cannot be read" in refused(["--config", "none.toml"], surroundings, capsys)
+
+
 # -- help ------------------------------------------------------------------------------------------
 
 
@@ -150,7 +172,8 @@ def test_a_run_prints_its_steps_and_a_table_and_can_be_compared_with_and_resumed
              "after": {"eval/sampled_em": 0.5, "eval/sampled_em_low": 0.4, "eval/sampled_em_high": 0.6}}  # fmt: skip
     (surroundings / "grpo.json").write_text(json.dumps(other))
     words = arguments(tiny_agent_folder, surroundings / "runs" / "one", steps=1)
-    main([*words, "--compare", "grpo.json"])
+    (surroundings / "run.toml").write_text("questions_per_step = 3\n")  # the same as in `words`
+    main(["--config", "run.toml", *words, "--compare", "grpo.json"])
     shown = capsys.readouterr().out
     rows = metrics(surroundings / "runs" / "one")
     assert [row["step"] for row in rows] == [0, 1]
@@ -161,7 +184,8 @@ def test_a_run_prints_its_steps_and_a_table_and_can_be_compared_with_and_resumed
     assert re.search(r"EM sampled, after\s+│\s+50\.0 \[40\.0, 60\.0\]\s+│", shown)
     assert re.search(rf"actions generated\s+│\s+12,345\s+│\s+{rows[-1]['actions_generated']:,}\s+│", shown)
     assert f"mlflow ui --backend-store-uri sqlite:///{surroundings / 'runs' / 'mlflow.db'}" in shown
-    assert sorted(path.name for path in surroundings.iterdir()) == ["grpo.json", "runs"]
+    assert sorted(path.name for path in surroundings.iterdir()) == ["grpo.json", "run.toml", "runs"]
+    assert "config" not in json.loads((surroundings / "runs" / "one" / "config.json").read_text(encoding="utf-8"))
 
     assert "not empty; pass --resume" in refused(words, surroundings, capsys)
     changed = arguments(tiny_agent_folder, surroundings / "runs" / "one", steps=2)

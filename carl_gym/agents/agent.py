@@ -7,7 +7,7 @@ runs it. A model without a card is used through the chat template of its tokeniz
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,10 +68,14 @@ class Agent:
         """Whether the policy samples from `model` itself."""
         return isinstance(self.policy, TransformersPolicy)
 
-    def sync(self) -> None:
-        """Have the policy sample from the model's present weights, and from nothing that older ones left in a cache."""
+    def sync(self, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Have the policy sample from these weights, by default `model`'s present ones, and from nothing that older
+        ones left in a cache.
+        """
         assert self.model is not None
-        self.policy.sync(None if self.shares_weights else dict(self.model.named_parameters()))
+        if weights is None and not self.shares_weights:
+            weights = dict(self.model.named_parameters())
+        self.policy.sync(weights)
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -85,10 +89,15 @@ class Agent:
         finally:
             self.policy.wake()
 
-    def save(self, folder: Path) -> None:
-        """Write model, tokenizer and card; `load_agent(folder)` gives the agent back."""
+    def save(self, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write model, tokenizer and card; `load_agent(folder)` gives the agent back.
+
+        Args:
+            folder: where to.
+            weights: by name, where the model's own are in shards.
+        """
         assert self.model is not None and self.tokenizer is not None
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
         self.tokenizer.save_pretrained(folder)
         # `openai` is a table, and empty wherever there is a model to save.
         values = {name: getattr(self.card, name) for name in AgentCard.__slots__ if name != "openai"}

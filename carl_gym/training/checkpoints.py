@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,18 +47,34 @@ class Progress:
 
 
 def save_checkpoint(
-    output_dir: Path, progress: Progress, agent: Agent, learner: Learner, run_id: str, critic: Critic | None = None
+    output_dir: Path,
+    progress: Progress,
+    agent: Agent,
+    optimizer: Mapping[str, Any],
+    run_id: str,
+    critic: Critic | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write a checkpoint and drop all but the newest two."""
+    """Write a checkpoint and drop all but the newest two.
+
+    Args:
+        output_dir: of the run.
+        progress: where it stands.
+        agent: with the model that trained.
+        optimizer: `Learner.state()`.
+        run_id: MLflow's.
+        critic: where one learns.
+        weights: the model's by name, where the agent's own are not whole.
+    """
     folder = output_dir / "checkpoints"
     final = folder / f"step-{progress.step:06d}"
     partial = folder / f".partial-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    agent.save(partial)
+    agent.save(partial, weights)
     state = {
         "progress": [getattr(progress, name) for name in Progress.__slots__],
-        "optimizer": learner.optimizer.state_dict(),
+        "optimizer": optimizer,
         "rng": torch.get_rng_state(),
         "policy_version": agent.policy.version,
         "run_id": run_id,
@@ -87,7 +105,7 @@ def load_checkpoint(folder: Path, agent: Agent, learner: Learner, critic: Critic
     """
     try:
         state = torch.load(folder / STATE_FILE, weights_only=True)
-        learner.optimizer.load_state_dict(state["optimizer"])
+        learner.load_state(state["optimizer"])
         if critic is not None:
             critic.load_state_dict(state["critic"])
         progress = Progress(*state["progress"])

@@ -14,11 +14,20 @@ from rich.table import Table
 from carl_gym.console import hide_model_bars, progress_bar, run_command, show_warnings
 from carl_gym.errors import DataError
 from carl_gym.training.config import TrainConfig
+from carl_gym.training.config_file import read_options
 from carl_gym.training.profile_report import TABLE_FILE, TRACE_FILE
 
 
 @dataclass(frozen=True)
-class Options(TrainConfig):
+class ConfigFile:
+    """The option that comes before all others, since they may differ from what it says."""
+
+    config: Path | None = None
+    """TOML file of options, such as those in scripts/configs/; the command line comes before it, option by option."""
+
+
+@dataclass(frozen=True)
+class Options(TrainConfig, ConfigFile):
     """Train a search agent with CARL or a baseline; see README.md for examples."""
 
     compare: tuple[Path, ...] = ()
@@ -29,7 +38,14 @@ class Options(TrainConfig):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run training; an error that carl-gym raises on purpose is printed without a traceback, with exit code 2."""
-    run_command(lambda: run(tyro.cli(Options, args=arguments)))
+    run_command(lambda: run(parse(arguments)))
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """The options of a command line, with those of the file that `--config` names as defaults. Raises ConfigError."""
+    file, _ = tyro.cli(ConfigFile, args=arguments, return_unknown_args=True, add_help=False)
+    defaults = read_options(file.config) if file.config else {}
+    return tyro.cli(Options, args=arguments, default=Options(config=file.config, **defaults))  # type: ignore[arg-type]
 
 
 def run(options: Options) -> None:
@@ -42,6 +58,10 @@ def run(options: Options) -> None:
 
     hide_model_bars()
     trainer = Trainer(config, profile=options.profile)
+    if trainer.tracker is None:  # one of several processes, and not the one that talks
+        for _ in trainer.run():
+            pass
+        return
     console.print(
         f"[bold]{config.algorithm}[/] trains agent [bold]{config.agent}[/] on {trainer.task.source}; "
         f"evaluation: {len(trainer.eval_questions)} questions of {trainer.eval_task.source}",

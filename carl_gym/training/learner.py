@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -15,8 +17,14 @@ from carl_gym.agents.tree_attention import tree_attention
 from carl_gym.errors import CarlGymError
 from carl_gym.training.config import Packing
 from carl_gym.training.loss import ppo_clip
-from carl_gym.training.packing import packs, padded, unique_tokens
+from carl_gym.training.packing import Batch, packs, padded, unique_tokens
+from carl_gym.training.parallel import apart, load_optimiser_state, optimiser_state, spread, whole, whole_weights
+from carl_gym.training.ranks import ALONE, Ranks
 from carl_gym.training.segments import Row
+
+_ZERO = np.zeros(1, np.float32)
+IDLE = Row(np.zeros(2, np.int64), np.ones(1, np.int64), _ZERO, _ZERO, _ZERO)
+"""Goes through the model and weighs nothing, where a process has no rows left and the others need it beside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,8 @@ class UpdateMetrics:
 class Learner:
     """AdamW on a causal LM, with gradient accumulation over micro-batches of bounded size.
 
+    Several processes take one step together, each with rows of its own: the step is that of all rows.
+
     Args:
         model: trained in place.
         learning_rate: constant.
@@ -56,9 +66,11 @@ class Learner:
         batch_tokens: most tokens of a micro-batch (of rows: number times longest).
         weight_decay: AdamW's.
         autocast: compute dtype; weights and optimiser stay float32.
+        ranks: the processes that learn together.
 
     Raises:
         PolicyError: trees do not suit the model.
+        ConfigError: shards do not suit it.
     """
 
     def __init__(
@@ -72,6 +84,7 @@ class Learner:
         batch_tokens: int = 8192,
         weight_decay: float = 0.0,
         autocast: torch.dtype | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if packing == "tree":
             with tree_attention(model):  # refused here, before anything is sampled
@@ -82,41 +95,54 @@ class Learner:
         self.packing = packing
         self.batch_tokens = batch_tokens
         self.autocast = autocast
+        self.ranks = ranks
+        self._spread = spread(self.model, ranks, autocast)
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay
+            self.model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay
         )
 
     def update(self, rows: Sequence[Row], clip_low: float, clip_high: float) -> UpdateMetrics | None:
         """One optimiser step on the minibatch; None, and no step, when nothing is to be trained.
 
+        With several processes each gives its own rows, whose weights sum to 1 over all of them; the step and what is
+        returned are the same in all.
+
         Raises:
             CarlGymError: loss or gradient is not finite; the weights are left as they were.
         """
-        if not rows:
+        model, ranks = self.model.model, self.ranks
+        as_tree = self.packing == "tree"
+        batches = self._batches(rows)
+        passes = int(ranks.largest(len(batches))[0])
+        if not passes:
             return None
-        model = self.model.model
         model.train()
         self.optimizer.zero_grad(set_to_none=True)
         loss = clipped = gap = entropy = 0.0
         tokens = trained = 0
-        as_tree = self.packing == "tree"
-        batches = packs(rows, self.batch_tokens) if as_tree else padded(rows, self.batch_tokens)
         with tree_attention(model) if as_tree else nullcontext():
-            for batch in batches:
+            for number in range(passes):
+                busy = number < len(batches)
+                (batch,) = [batches[number]] if busy else self._batches([IDLE])
                 ids, index, columns, targets, sampled, advantages, weights = batch.tensors(model.device)
-                with self._autocast():
-                    logprobs, entropies = self.model(
-                        ids, index, columns, self.temperature, targets=targets, tree=batch.tree
-                    )
-                terms = ppo_clip(logprobs, sampled, advantages, weights, clip_low, clip_high)
-                terms.loss.backward()
-                loss += float(terms.loss.detach())
-                clipped += float(terms.clipped)
-                gap = max(gap, float(terms.gap))
-                entropy += float(entropies.sum())
-                tokens += ids.numel()
-                trained += len(logprobs)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
+                with apart(self._spread, last=number == passes - 1):
+                    with self._autocast():
+                        logprobs, entropies = self._spread(
+                            ids, index, columns, self.temperature, targets=targets, tree=batch.tree
+                        )
+                    terms = ppo_clip(logprobs, sampled, advantages, weights, clip_low, clip_high)
+                    (terms.loss * ranks.count).backward()  # gradients are averaged over processes
+                if busy:
+                    loss += float(terms.loss.detach())
+                    clipped += float(terms.clipped)
+                    gap = max(gap, float(terms.gap))
+                    entropy += float(entropies.sum())
+                    tokens += ids.numel()
+                    trained += len(logprobs)
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)))
+        weight, needed = sum(float(row.weights.sum()) for row in rows), unique_tokens(rows)
+        loss, clipped, entropy, weight, *counts = ranks.total(loss, clipped, entropy, weight, trained, tokens, needed)
+        (gap,) = ranks.largest(gap)
         if not math.isfinite(loss) or not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
             raise CarlGymError(
@@ -124,8 +150,25 @@ class Learner:
                 "rate, or resume from the last checkpoint"
             )
         self.optimizer.step()
-        weight = sum(float(row.weights.sum()) for row in rows)
-        return UpdateMetrics(loss, clipped / weight, gap, entropy / trained, norm, tokens, needed=unique_tokens(rows))
+        trained, tokens, needed = map(int, counts)
+        return UpdateMetrics(loss, clipped / weight, gap, entropy / trained, norm, tokens, needed)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The model's parameters by name. Every process has to ask for them."""
+        return whole_weights(self.model)
+
+    def state(self) -> dict[str, Any]:
+        """What the optimiser remembers, for `load_state`. Every process has to ask for it; the first one gets it."""
+        return optimiser_state(self.model, self.optimizer)
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on with what another learner remembers, however many processes it had."""
+        load_optimiser_state(self.model, self.optimizer, state)
+
+    def _batches(self, rows: Sequence[Row]) -> list[Batch]:
+        if not rows:
+            return []
+        return packs(rows, self.batch_tokens) if self.packing == "tree" else padded(rows, self.batch_tokens)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.autocast is None:

@@ -3,15 +3,19 @@
 The trainer is blind to the algorithm: it runs whatever explorer, credit and selection it is given. Every random
 number is derived from (seed, step, question, trajectory, depth), so a run that was stopped at any point and resumed
 from its last checkpoint does exactly what it would have done (in ticks; asynchronously up to rounding).
+
+Several processes (`ranks.py`) grow the trees of different questions. Each is given all finished trees, so that credit,
+selection and weights are those of the whole step whatever the algorithm; then it trains the rows of its own trees.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 
 import numpy as np
@@ -37,6 +41,7 @@ from carl_gym.training.metrics import CreditedTree, rollout_metrics, trained_tok
 from carl_gym.training.profile_report import write_profile
 from carl_gym.training.profiler import Profiler
 from carl_gym.training.questions import load_data, questions_within, take_questions
+from carl_gym.training.ranks import launched
 from carl_gym.training.scores import TreeScores
 from carl_gym.training.segments import rows, segments
 
@@ -60,16 +65,18 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, profile: bool = False) -> None:
         self.config = config
-        check_output_dir(config)
+        self.ranks = launched(config.device)
+        if self.ranks.is_main:
+            check_output_dir(config)
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.algorithm = config.make_algorithm()
         self.task, self.questions, self.eval_task, self.eval_questions = load_data(config)
-        saved = checkpoints(config.output_dir) if config.resume else []
+        saved = self.ranks.agree(checkpoints(config.output_dir) if config.resume else [])
         self.agent = load_agent(
             str(saved[-1]) if saved else config.agent,
-            device=config.device,
+            device=config.device or (str(self.ranks.device) if self.ranks.device else None),
             backend=config.backend,
             urls=config.urls,
             tools=self.task.card.tools,
@@ -85,24 +92,29 @@ class Trainer:
             raise ConfigError(
                 "canary_tolerance is for vLLM; with backend transformers sampler and learner are one model"
             )
+        # The transformers policy needs whole weights to sample from; shards are of a copy then.
+        self._copied = self.ranks.sharded and self.agent.shares_weights
         self.learner = Learner(
-            self.agent.model,
+            copy.deepcopy(self.agent.model) if self._copied else self.agent.model,
             learning_rate=config.learning_rate,
             temperature=config.temperature,
             max_grad_norm=config.max_grad_norm,
             packing=config.packing,
             batch_tokens=config.batch_tokens,
             autocast=torch.bfloat16 if config.bf16 else None,
+            ranks=self.ranks,
         )
         on_gpu = self.agent.model.device.type == "cuda"
-        self.profiler = Profiler(profile, synchronize=torch.cuda.synchronize if on_gpu else None)
+        self.profiler = Profiler(profile and self.ranks.is_main, synchronize=torch.cuda.synchronize if on_gpu else None)
+        if self.ranks.count > 1 and "critic" in self.algorithm.requires:
+            raise ConfigError(f"algorithm {self.algorithm.name!r} has a critic, which learns in one process only")
         self.scores = TreeScores(self.algorithm, config, self.task, self.questions, self.agent)
         self.progress = (
             load_checkpoint(saved[-1], self.agent, self.learner, self.scores.critic) if saved else Progress()
         )
         self.canary = None if self.agent.shares_weights else self._canary()
-        self.tracker = self._tracker()
-        self.history = self._kept_history()
+        self.tracker = self._tracker() if self.ranks.is_main else None
+        self.history: list[dict[str, float]] = self.ranks.agree(self._kept_history() if self.ranks.is_main else [])
         self.last_tree: CreditedTree | None = None
 
     def run(self) -> Iterator[dict[str, float]]:
@@ -110,7 +122,7 @@ class Trainer:
 
         Step 0 is the evaluation before training. Leaves metrics, figures, checkpoints and a summary behind.
         """
-        with self.tracker, self._profiled():
+        with self.tracker or nullcontext(), self._profiled():
             if not self.history:
                 with self.profiler.step(0):
                     logged = self._log({"step": 0, **self._evaluate()})
@@ -119,8 +131,9 @@ class Trainer:
                 with self.profiler.step(self.progress.step + 1):
                     logged = self._step()
                 yield logged
-            with self.profiler.span("figures and artifacts"):
-                self._finish()
+            if self.tracker is not None:
+                with self.profiler.span("figures and artifacts"):
+                    self._finish(self.tracker)
 
     @contextmanager
     def _profiled(self) -> Iterator[None]:
@@ -130,7 +143,7 @@ class Trainer:
             with instrumented(self.profiler, self.agent, (self.task, self.eval_task), self.learner):
                 yield
         finally:
-            if self.profiler.steps:
+            if self.profiler.steps and self.tracker is not None:
                 title = f"Where the time of {self.algorithm.name} went, up to step {self.progress.step}"
                 for path in write_profile(self.profiler, self.config.output_dir, title):
                     self.tracker.log_artifact(path)
@@ -144,15 +157,23 @@ class Trainer:
         logged = self._log(metrics)
         if self.progress.step % self.config.save_every == 0 or self._done():
             with self.profiler.span("checkpoint"):
-                save_checkpoint(
-                    self.config.output_dir,
-                    self.progress,
-                    self.agent,
-                    self.learner,
-                    self.tracker.run_id,
-                    critic=self.scores.critic,
-                )
+                self._save()
         return logged
+
+    def _save(self) -> None:
+        """A checkpoint, written by the main process from what all of them have."""
+        weights, state = self.learner.weights() if self.ranks.sharded else None, self.learner.state()
+        if self.tracker is not None:
+            save_checkpoint(
+                self.config.output_dir,
+                self.progress,
+                self.agent,
+                state,
+                self.tracker.run_id,
+                critic=self.scores.critic,
+                weights=weights,
+            )
+        self.ranks.wait()
 
     def _evaluation_is_due(self, before: int) -> bool:
         """After the step that began with `before` generated actions."""
@@ -174,7 +195,7 @@ class Trainer:
                 self.task,
                 self.agent.policy,
                 self.agent.transcript,
-                questions,
+                self.ranks.mine(questions),
                 self.algorithm.explorer,
                 seed=self.config.seed,
                 step=step,
@@ -185,13 +206,14 @@ class Trainer:
         collected = time.perf_counter()
         with self.profiler.span("credit and selection"):
             self.scores.measure(trees)
+            trees = self.ranks.gather(trees)
             credited = [
                 CreditedTree(*parts)
                 for parts in zip(trees, self.algorithm.credit(trees), self.algorithm.selection(trees), strict=True)
             ]
         cuts = [len(credited) * i // self.config.minibatches for i in range(self.config.minibatches + 1)]
         with self.profiler.span("update"), self.agent.resting():
-            updates = [self._update(credited[start:end]) for start, end in itertools.pairwise(cuts)]
+            updates = [self._update(credited, start, end) for start, end in itertools.pairwise(cuts)]
             learned = self.scores.learn(trees, cuts)
         updated = time.perf_counter()
         with self.profiler.span("sync"):
@@ -222,7 +244,8 @@ class Trainer:
 
     def _sync(self) -> dict[str, float]:
         """Hand the new weights to the policy, and make sure that they arrived."""
-        self.agent.sync()
+        self.agent.sync(self.learner.weights() if self.ranks.sharded else None)
+        self.ranks.wait()  # servers must have the weights before any process asks them
         if self.canary is None:
             return {}
         return {"update/canary_gap": self.canary.check(self.agent.policy, self.learner.model)}
@@ -239,14 +262,16 @@ class Trainer:
         canary.check(self.agent.policy, self.learner.model)
         return canary
 
-    def _update(self, part: Sequence[CreditedTree]) -> UpdateMetrics | None:
-        """One optimiser step on the trees of a minibatch, normalised over them."""
+    def _update(self, credited: Sequence[CreditedTree], start: int, end: int) -> UpdateMetrics | None:
+        """One optimiser step on the trees of a minibatch, normalised over them; this process' part of it."""
+        part = credited[start:end]
         trees, selected = [c.tree for c in part], [c.selected for c in part]
         weights = token_weights(trees, selected, self.algorithm.loss_reduction)
         batch = [
             row
-            for credited, weight in zip(part, weights, strict=True)
-            for row in rows(segments(credited.tree, credited.advantages, weight, self._emphasis(credited.tree)))
+            for number, (one, weight) in enumerate(zip(part, weights, strict=True), start)
+            if number % self.ranks.count == self.ranks.index  # those that were grown here
+            for row in rows(segments(one.tree, one.advantages, weight, self._emphasis(one.tree)))
         ]
         return self.learner.update(batch, self.algorithm.clip_low, self.algorithm.clip_high)
 
@@ -265,7 +290,7 @@ class Trainer:
                 found |= summarise(episodes).metrics(f"eval/{name}")
                 by_question["questions"] = [e.question_id for e in episodes]
                 by_question |= {f"{name}_em": [e.em for e in episodes], f"{name}_f1": [e.f1 for e in episodes]}
-        if self.eval_questions:
+        if self.eval_questions and self.ranks.is_main:
             write_json(self.config.output_dir / EVALUATION_FILE, by_question)
         if self.agent.shares_weights:
             # The next step must not meet what evaluation left in the cache: a resumed run does not have it. (With an
@@ -275,13 +300,16 @@ class Trainer:
 
     def _play(self, questions: Sequence[Question], temperature: float) -> list[Episode]:
         agent, seed = self.agent, self.config.seed
-        parts = play(self.eval_task, agent.policy, agent.transcript, questions, temperature=temperature, seed=seed)
-        return list(itertools.chain.from_iterable(parts))
+        own = self.ranks.mine(questions)
+        parts = play(self.eval_task, agent.policy, agent.transcript, own, temperature=temperature, seed=seed)
+        return self.ranks.gather(list(itertools.chain.from_iterable(parts)))
 
     def _log(self, metrics: dict[str, float]) -> dict[str, float]:
         step = int(metrics["step"])
         metrics = asdict(self.progress) | metrics
         self.history.append(metrics)
+        if self.tracker is None:
+            return metrics
         with self.profiler.span("logging"):
             # MLflow first: after a kill, a step that only MLflow has is done again; step 0 of the file would not be.
             self.tracker.log_step(step, {name: value for name, value in metrics.items() if name != "step"})
@@ -325,7 +353,7 @@ class Trainer:
         tracker.log_dict({"config": config.as_dict(), **cards}, "config.json")
         return tracker
 
-    def _finish(self) -> None:
+    def _finish(self, tracker: MlflowTracker) -> None:
         """Figures, summary and artifacts."""
         folder = self.config.output_dir
         figures = []
@@ -340,11 +368,11 @@ class Trainer:
         write_json(folder / SUMMARY_FILE, self.summary())
         for name in figures:
             for suffix in (".png", ".svg"):
-                self.tracker.log_artifact(folder / f"{name}{suffix}", "figures")
+                tracker.log_artifact(folder / f"{name}{suffix}", "figures")
         for name in (METRICS_FILE, SUMMARY_FILE):
-            self.tracker.log_artifact(folder / name)
+            tracker.log_artifact(folder / name)
         if saved := checkpoints(folder):
-            self.tracker.log_artifact(saved[-1], "checkpoint")
+            tracker.log_artifact(saved[-1], "checkpoint")
 
     def summary(self) -> dict[str, object]:
         """What the run was and what came of it."""

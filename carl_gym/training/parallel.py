@@ -1,0 +1,118 @@
+"""How the learner's model lies in the processes of a run: whole in each, or in shards (FSDP2); with its optimiser.
+
+Whole, every process takes its own rows through a copy and gradients are averaged (DDP). In shards, parameters,
+gradients and optimiser are split over the processes, and layers are put together as they are needed. Both average over
+processes: a loss that is a sum over all of them is to be multiplied by their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from carl_gym.agents.logprob_model import LogprobModel
+from carl_gym.errors import ConfigError, PolicyError
+from carl_gym.training.ranks import Ranks
+
+
+def spread(module: LogprobModel, ranks: Ranks, compute: torch.dtype | None = None) -> nn.Module:
+    """What to call in place of the module; with shards it is the module itself, whose parameters are replaced.
+
+    Args:
+        module: with the same weights in every process.
+        ranks: as the launcher started them.
+        compute: dtype in which shards are put together; None for that of the parameters.
+
+    Raises:
+        ConfigError: shards of a model whose layers are not known.
+        PolicyError: not all processes have the same weights.
+    """
+    if ranks.count == 1:
+        return module
+    mass = sum(float(parameter.detach().abs().sum(dtype=torch.float64)) for parameter in module.parameters())
+    highest, lowest = ranks.largest(mass, -mass)
+    if highest != -lowest:
+        raise PolicyError(
+            f"the processes of this run loaded different weights of {type(module.model).__name__} (sums of sizes from "
+            f"{-lowest:g} to {highest:g}); give all of them the same model folder, and the same checkpoint to resume"
+        )
+    if not ranks.sharded:
+        on_gpu = ranks.device is not None and ranks.device.type == "cuda"
+        return nn.parallel.DistributedDataParallel(
+            module, device_ids=[ranks.device] if on_gpu else None, broadcast_buffers=False
+        )
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    assert ranks.device is not None
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)  # reads what the launcher was configured with
+    kinds = set(getattr(module.model, "_no_split_modules", None) or ())
+    layers = [layer for layer in module.modules() if type(layer).__name__ in kinds]
+    if not layers:
+        raise ConfigError(
+            f"{type(module.model).__name__} does not say which of its modules are layers (_no_split_modules), so FSDP "
+            "cannot shard it; start the processes without FSDP"
+        )
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(ranks.device.type, (ranks.count,)),
+        "reshard_after_forward": bool(plugin.reshard_after_forward),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None),
+        "offload_policy": plugin.cpu_offload,
+    }
+    for layer in layers:
+        fully_shard(layer, **options)
+    fully_shard(module, **options)
+    return module
+
+
+def apart(module: nn.Module, *, last: bool) -> AbstractContextManager[object]:
+    """Around the passes before the last one: copies exchange gradients once, after all of them. (Shards exchange theirs
+    in every pass: keeping whole gradients is what they are there to avoid.)"""
+    if isinstance(module, nn.parallel.DistributedDataParallel) and not last:
+        return module.no_sync()
+    return nullcontext()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without its shards; every process has to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_weights(module: LogprobModel) -> dict[str, torch.Tensor]:
+    """The model's parameters by name, put together; every process has to ask for them."""
+    return {name: whole(parameter.detach()) for name, parameter in module.model.named_parameters()}
+
+
+def optimiser_state(module: LogprobModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Everything that the optimiser remembers, by names of parameters and put together, so that any number of processes
+    can go on with it. Every process has to ask for it; with shards the first one gets it, the others nothing.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    if not optimizer.state:
+        return {}
+    return get_optimizer_state_dict(module, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def load_optimiser_state(module: LogprobModel, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """What `optimiser_state` gave, in every process. States by number, of older checkpoints, are read as well.
+
+    Raises:
+        KeyError, ValueError, RuntimeError: it is of other parameters.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    if not state:
+        return
+    if all(isinstance(key, int) for key in state["state"]):
+        optimizer.load_state_dict(dict(state))
+        return
+    set_optimizer_state_dict(
+        module, optimizer, optim_state_dict=dict(state), options=StateDictOptions(full_state_dict=True)
+    )

@@ -1,0 +1,102 @@
+"""The processes that train one run together: which one this is, and what they tell each other.
+
+Started by `accelerate launch` or `torchrun`; a process that neither started is alone, and everything here costs it
+nothing. Objects and numbers go through accelerate, so that the backend (gloo, NCCL) is its affair.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The processes of a run.
+
+    Attributes:
+        index: of this process, from 0.
+        count: how many there are.
+        device: that accelerate gave this process; None when it is alone.
+        sharded: the launcher asked for FSDP.
+    """
+
+    index: int = 0
+    count: int = 1
+    device: torch.device | None = None
+    sharded: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and the MLflow run."""
+        return self.index == 0
+
+    def mine(self, items: Sequence[T]) -> list[T]:
+        """This process' share of items that all processes hold: every `count`-th one."""
+        return list(items[self.index :: self.count])
+
+    def gather(self, items: Sequence[T]) -> list[T]:
+        """The shares of all processes (`mine`, or what became of its items) as one list in the first order again."""
+        if self.count == 1:
+            return list(items)
+        from accelerate.utils import gather_object
+
+        shares: list[list[T]] = gather_object([list(items)])
+        whole: list[T] = []
+        for place in range(max(map(len, shares))):
+            whole += [share[place] for share in shares if place < len(share)]
+        return whole
+
+    def agree(self, value: T) -> T:
+        """The main process' value, in all processes."""
+        if self.count == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+
+    def total(self, *values: float) -> list[float]:
+        """Sums over the processes, in float64."""
+        return self._reduced(values, torch.distributed.ReduceOp.SUM) if self.count > 1 else list(values)
+
+    def largest(self, *values: float) -> list[float]:
+        """Largest values among the processes."""
+        return self._reduced(values, torch.distributed.ReduceOp.MAX) if self.count > 1 else list(values)
+
+    def _reduced(self, values: Sequence[float], how: object) -> list[float]:
+        numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(numbers, op=how)
+        return list(numbers.tolist())
+
+
+ALONE = Ranks()
+
+
+def launched(device: str | None = None) -> Ranks:
+    """The processes that a launcher started together with this one, connected; `ALONE` without a launcher.
+
+    Args:
+        device: `cpu` keeps processes off the GPUs.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+    # Else transformers leaves models empty in all processes but the first, and they are to sample from them.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    return Ranks(state.process_index, state.num_processes, state.device, sharded)

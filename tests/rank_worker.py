@@ -1,0 +1,46 @@
+"""What every process of tests/test_ranks.py runs: five optimiser steps on its share of stored rows, in both forms."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from carl_gym.agents.agent import load_agent
+from carl_gym.training.learner import Learner
+from carl_gym.training.ranks import Ranks, launched
+
+torch.set_num_threads(1)
+
+
+def train(ranks: Ranks, agent: Path, shares: Path, out: Path, *, checkpointing: bool = False) -> None:
+    """`shares`: for every step a list of rows for each process. Leaves weights, optimiser and metrics behind."""
+    model = copy.deepcopy(load_agent(str(agent), device="cpu").model)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    learner = Learner(model, learning_rate=1e-3, batch_tokens=700, ranks=ranks)
+    found = []
+    for step in pickle.loads(shares.read_bytes()):
+        rows = [row for share in step for row in share] if ranks.count == 1 else step[ranks.index]
+        found.append(learner.update(rows, 0.2, 0.2))
+    weights, state = learner.weights(), learner.state()
+    again = Learner(copy.deepcopy(load_agent(str(agent), device="cpu").model), learning_rate=1e-3, ranks=ranks)
+    again.load_state(ranks.agree(state))
+    same = again.state()
+    if ranks.is_main:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out.with_suffix(".safetensors"))
+        torch.save({"optimizer": state, "again": same}, out.with_suffix(".pt"))
+        out.with_suffix(".pickle").write_bytes(pickle.dumps(found))
+
+
+if __name__ == "__main__":
+    agent, shares, folder = map(Path, sys.argv[1:])
+    ranks = launched("cpu")
+    train(replace(ranks, sharded=False), agent, shares, folder / f"ddp-{ranks.count}")
+    train(replace(ranks, sharded=True), agent, shares, folder / f"fsdp-{ranks.count}", checkpointing=True)
+    ranks.wait()
