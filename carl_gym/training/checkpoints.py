@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ import torch
 
 from carl_gym.agents.agent import Agent
 from carl_gym.errors import DataError
+from carl_gym.files import write_json
 from carl_gym.training.critic import Critic
 from carl_gym.training.learner import Learner
 
-KEEP = 2
 STATE_FILE = "trainer.pt"
+BEST_FOLDER = "best"
+BEST_FILE = "score.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +57,9 @@ def save_checkpoint(
     run_id: str,
     critic: Critic | None = None,
     weights: Mapping[str, torch.Tensor] | None = None,
+    keep: int = 2,
 ) -> Path:
-    """Write a checkpoint and drop all but the newest two.
+    """Write a checkpoint and drop all but the newest `keep`.
 
     Args:
         output_dir: of the run.
@@ -65,13 +69,8 @@ def save_checkpoint(
         run_id: MLflow's.
         critic: where one learns.
         weights: the model's by name, where the agent's own are not whole.
+        keep: how many checkpoints stay.
     """
-    folder = output_dir / "checkpoints"
-    final = folder / f"step-{progress.step:06d}"
-    partial = folder / f".partial-{final.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    agent.save(partial, weights)
     state = {
         "progress": [getattr(progress, name) for name in Progress.__slots__],
         "optimizer": optimizer,
@@ -80,16 +79,42 @@ def save_checkpoint(
         "run_id": run_id,
         "critic": critic.state_dict() if critic else None,
     }
-    torch.save(state, partial / STATE_FILE)
+    final = output_dir / "checkpoints" / f"step-{progress.step:06d}"
+    with _whole_or_absent(final) as folder:
+        agent.save(folder, weights)
+        torch.save(state, folder / STATE_FILE)
+    for old in checkpoints(output_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def save_best(
+    output_dir: Path, agent: Agent, score: Mapping[str, float], weights: Mapping[str, torch.Tensor] | None = None
+) -> Path:
+    """Write the agent, usable on its own, with the score that made it the best so far; drop the one before."""
+    final = output_dir / BEST_FOLDER / f"step-{int(score['step']):06d}"
+    with _whole_or_absent(final) as folder:
+        agent.save(folder, weights)
+        write_json(folder / BEST_FILE, dict(score))
+    for old in final.parent.glob("step-*"):
+        if old != final:
+            shutil.rmtree(old)
+    return final
+
+
+@contextmanager
+def _whole_or_absent(final: Path) -> Iterator[Path]:
+    """A folder to write into, which takes its place once everything in it is on the disk."""
+    partial = final.with_name(f".partial-{final.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
     for path in [*partial.iterdir(), partial]:
         _flush(path)
     if final.exists():
         shutil.rmtree(final)
     os.replace(partial, final)
-    _flush(folder)
-    for old in checkpoints(output_dir)[:-KEEP]:
-        shutil.rmtree(old)
-    return final
+    _flush(final.parent)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from carl_gym.rollouts import Schedule
 Packing = Literal["tree", "rows"]
 
 CONFIG_FILE = "config.json"
-MAY_CHANGE = ("resume", "threads", "tracking_uri", "urls", "weights_dir")
+MAY_CHANGE = ("resume", "threads", "tracking_uri", "urls", "weights_dir", "keep", "gradient_checkpointing")
 """Settings that a resumed run may give anew: they do not change what it computes."""
 
 
@@ -96,8 +96,16 @@ class TrainConfig:
     """Evaluate after every so many generated actions instead, as algorithms generate different numbers in a step."""
     save_every: int = 10
     """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints that stay, the newest ones."""
+    keep_best: bool = False
+    """Also keep the agent that scored best in an evaluation (sampled EM), in the folder `best`."""
+    bad_updates: int = 3
+    """Optimiser steps in a row that are skipped because loss or gradient is not finite, before the run gives up."""
     seed: int = 0
     """Of all random numbers."""
+    gradient_checkpointing: bool = False
+    """Compute activations again on the way back instead of keeping them: slower, and room for longer rows."""
     bf16: bool = False
     """Compute the update in bfloat16; weights and optimiser stay float32."""
     device: str | None = None
@@ -122,6 +130,8 @@ class TrainConfig:
             "train_questions",
             "eval_every",
             "save_every",
+            "keep",
+            "bad_updates",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -27,6 +27,10 @@ IDLE = Row(np.zeros(2, np.int64), np.ones(1, np.int64), _ZERO, _ZERO, _ZERO)
 """Goes through the model and weighs nothing, where a process has no rows left and the others need it beside them."""
 
 
+class NotFinite(CarlGymError):
+    """A step that cannot be taken: loss or gradient is infinite or no number."""
+
+
 @dataclass(frozen=True, slots=True)
 class UpdateMetrics:
     """What one optimiser step was like.
@@ -66,6 +70,7 @@ class Learner:
         batch_tokens: most tokens of a micro-batch (of rows: number times longest).
         weight_decay: AdamW's.
         autocast: compute dtype; weights and optimiser stay float32.
+        gradient_checkpointing: compute activations again on the way back instead of keeping them.
         ranks: the processes that learn together.
 
     Raises:
@@ -84,11 +89,14 @@ class Learner:
         batch_tokens: int = 8192,
         weight_decay: float = 0.0,
         autocast: torch.dtype | None = None,
+        gradient_checkpointing: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
         if packing == "tree":
             with tree_attention(model):  # refused here, before anything is sampled
                 pass
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model = LogprobModel(model)
         self.temperature = temperature
         self.max_grad_norm = max_grad_norm
@@ -108,7 +116,7 @@ class Learner:
         returned are the same in all.
 
         Raises:
-            CarlGymError: loss or gradient is not finite; the weights are left as they were.
+            NotFinite: loss or gradient is not finite; weights and optimiser are left as they were.
         """
         model, ranks = self.model.model, self.ranks
         as_tree = self.packing == "tree"
@@ -145,7 +153,7 @@ class Learner:
         (gap,) = ranks.largest(gap)
         if not math.isfinite(loss) or not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
-            raise CarlGymError(
+            raise NotFinite(
                 f"the loss ({loss}) or the gradient norm ({norm}) is not finite; no step was taken. Lower the learning "
                 "rate, or resume from the last checkpoint"
             )

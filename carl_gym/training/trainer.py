@@ -13,8 +13,10 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 
@@ -25,7 +27,7 @@ from carl_gym.agents.agent import load_agent
 from carl_gym.agents.canary import TOLERANCES, Canary
 from carl_gym.algorithms import token_weights
 from carl_gym.envs.state import Question
-from carl_gym.errors import ConfigError
+from carl_gym.errors import CarlGymError, ConfigError
 from carl_gym.evaluation import Episode, play, summarise
 from carl_gym.files import write_json
 from carl_gym.rollouts.collector import Timings, check_schedule, collect
@@ -33,22 +35,27 @@ from carl_gym.rollouts.tree import RolloutTree
 from carl_gym.tracking.curves import learning_curve
 from carl_gym.tracking.mlflow_tracker import MlflowTracker
 from carl_gym.tracking.tree_figure import draw_tree
-from carl_gym.training.checkpoints import Progress, checkpoints, load_checkpoint, save_checkpoint
+from carl_gym.training.checkpoints import Progress, checkpoints, load_checkpoint, save_best, save_checkpoint
 from carl_gym.training.config import MAY_CHANGE, TrainConfig, check_output_dir, claim_output_dir
 from carl_gym.training.instruments import instrumented
-from carl_gym.training.learner import Learner, UpdateMetrics
+from carl_gym.training.learner import Learner, NotFinite, UpdateMetrics
 from carl_gym.training.metrics import CreditedTree, rollout_metrics, trained_tokens, update_metrics
+from carl_gym.training.preemption import Preempted, Preemption
 from carl_gym.training.profile_report import write_profile
 from carl_gym.training.profiler import Profiler
 from carl_gym.training.questions import load_data, questions_within, take_questions
 from carl_gym.training.ranks import launched
 from carl_gym.training.scores import TreeScores
-from carl_gym.training.segments import rows, segments
+from carl_gym.training.segments import Row, rows, segments
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 EVALUATION_FILE = "evaluation.json"
 RUN_FILE = "mlflow_run.json"
+BAD_BATCH = "bad-batch-{}.pt"
+"""Rows of the last optimiser step that was not finite, by process."""
+BEST_BY = "eval/sampled_em"
+"""What decides which agent is the best so far."""
 
 
 class Trainer:
@@ -102,6 +109,7 @@ class Trainer:
             packing=config.packing,
             batch_tokens=config.batch_tokens,
             autocast=torch.bfloat16 if config.bf16 else None,
+            gradient_checkpointing=config.gradient_checkpointing,
             ranks=self.ranks,
         )
         on_gpu = self.agent.model.device.type == "cuda"
@@ -112,6 +120,9 @@ class Trainer:
         self.progress = (
             load_checkpoint(saved[-1], self.agent, self.learner, self.scores.critic) if saved else Progress()
         )
+        self._saved = self.progress.step
+        self._bad = self._not_finite = 0  # optimiser steps that were not finite: in a row, and in all
+        self.preemption = Preemption()
         self.canary = None if self.agent.shares_weights else self._canary()
         self.tracker = self._tracker() if self.ranks.is_main else None
         self.history: list[dict[str, float]] = self.ranks.agree(self._kept_history() if self.ranks.is_main else [])
@@ -122,7 +133,7 @@ class Trainer:
 
         Step 0 is the evaluation before training. Leaves metrics, figures, checkpoints and a summary behind.
         """
-        with self.tracker or nullcontext(), self._profiled():
+        with self.tracker or nullcontext(), self._profiled(), self.preemption.watched():
             if not self.history:
                 with self.profiler.step(0):
                     logged = self._log({"step": 0, **self._evaluate()})
@@ -150,18 +161,39 @@ class Trainer:
 
     def _step(self) -> dict[str, float]:
         """A training step, with evaluation and checkpoint where they are due."""
-        before = self.progress.actions_generated
-        metrics = self._train_step(self.progress.step + 1)
-        if self._evaluation_is_due(before) or self._done():
+        before = self.progress
+        try:
+            metrics = self._train_step(self.progress.step + 1)
+        except Preempted:  # in the middle of rollouts: the weights are those of the step before
+            self._save()
+            raise
+        if self._evaluation_is_due(before.actions_generated) or self._done():
             metrics |= self._evaluate()
+            self._keep_best(metrics)
         logged = self._log(metrics)
-        if self.progress.step % self.config.save_every == 0 or self._done():
+        (ends,) = self.ranks.largest(self.preemption.requested)
+        if self.progress.step % self.config.save_every == 0 or self._done() or ends:
             with self.profiler.span("checkpoint"):
                 self._save()
+        if ends and not self._done():
+            raise Preempted
         return logged
 
+    def _keep_best(self, metrics: Mapping[str, float]) -> None:
+        """The agent that scored best so far, as a folder of its own, where that is asked for."""
+        scores = [row[BEST_BY] for row in self.history if BEST_BY in row]
+        if self.config.keep_best and BEST_BY in metrics and metrics[BEST_BY] > max(scores, default=-math.inf):
+            weights = self.learner.weights() if self.ranks.sharded else None
+            if self.tracker is not None:
+                save_best(
+                    self.config.output_dir, self.agent, {"step": metrics["step"], BEST_BY: metrics[BEST_BY]}, weights
+                )
+
     def _save(self) -> None:
-        """A checkpoint, written by the main process from what all of them have."""
+        """A checkpoint, written by the main process from what all of them have; nothing before the first step."""
+        if self.progress.step in (0, self._saved):
+            return
+        self._saved = self.progress.step
         weights, state = self.learner.weights() if self.ranks.sharded else None, self.learner.state()
         if self.tracker is not None:
             save_checkpoint(
@@ -172,6 +204,7 @@ class Trainer:
                 self.tracker.run_id,
                 critic=self.scores.critic,
                 weights=weights,
+                keep=self.config.keep,
             )
         self.ranks.wait()
 
@@ -190,7 +223,8 @@ class Trainer:
         timings, started, cpu = Timings(), time.perf_counter(), time.process_time()
         questions = take_questions(self.questions, step - 1, self.config.questions_per_step, self.config.seed)
         questions = questions[: questions_within(self.progress, self.config)]
-        with self.profiler.span("rollout"):
+        alone = self.ranks.count == 1  # else the others would wait for this process
+        with self.profiler.span("rollout"), self.preemption.droppable() if alone else nullcontext():
             trees = collect(
                 self.task,
                 self.agent.policy,
@@ -233,6 +267,7 @@ class Trainer:
             **asdict(self.progress),
             **rollout_metrics(self.task, credited, sum(self.algorithm.explorer.roots())),
             **update_metrics(updates),
+            "update/not_finite": float(self._not_finite),
             **learned,
             "time/sample": timings.sample,
             "time/environment": timings.environment,
@@ -273,7 +308,26 @@ class Trainer:
             if number % self.ranks.count == self.ranks.index  # those that were grown here
             for row in rows(segments(one.tree, one.advantages, weight, self._emphasis(one.tree)))
         ]
-        return self.learner.update(batch, self.algorithm.clip_low, self.algorithm.clip_high)
+        try:
+            metrics = self.learner.update(batch, self.algorithm.clip_low, self.algorithm.clip_high)
+        except NotFinite as error:
+            self._skip(batch, error)
+            return None
+        self._bad = 0
+        return metrics
+
+    def _skip(self, batch: Sequence[Row], error: NotFinite) -> None:
+        """Go on without the step, but not for ever. What it would have been made of is kept to be looked at."""
+        self._bad += 1
+        self._not_finite += 1
+        path = self.config.output_dir / BAD_BATCH.format(self.ranks.index)
+        torch.save([{name: torch.from_numpy(getattr(row, name)) for name in Row.__slots__} for row in batch], path)
+        if self._bad >= self.config.bad_updates:
+            raise CarlGymError(
+                f"{self._bad} optimiser steps in a row were not possible, the last one because {error}. The rows of "
+                f"that one are in {path} (torch.load)"
+            ) from error
+        warnings.warn(f"step {self.progress.step + 1}: {error}. Going on; its rows are in {path}", stacklevel=2)
 
     def _emphasis(self, tree: RolloutTree) -> list[np.ndarray] | None:
         return self.algorithm.emphasis(tree) if self.algorithm.emphasis else None
