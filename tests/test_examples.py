@@ -46,7 +46,7 @@ def test_the_pages_snippets_run(snippet: str) -> None:
 
 def test_the_pages_other_snippets_name_what_exists() -> None:
     others = [snippet for snippet in snippets() if any(other in snippet for other in OTHERS)]
-    assert len(others) == 4
+    assert len(others) == 5
     for module, names in re.findall(r"from (carl_gym[\w.]*) import (.*)", "\n".join(others)):
         found = importlib.import_module(module)
         assert [name for name in names.split(", ") if not hasattr(found, name)] == []
@@ -72,3 +72,10 @@ def test_verifiers_evaluates_the_rules() -> None:
     pytest.importorskip("verifiers.v1", reason="the verifiers library is not installed")
     output = run("evaluate_verifiers", "--questions", "10")
     assert output.startswith("10 of 10 episodes") and numbers(output)[0] > 0.1
+
+
+def test_our_trees_train_inside_trl() -> None:
+    pytest.importorskip("trl", reason="the TRL library is not installed")
+    lines = run("train_trl_trees", "--steps", "2", "--questions", "1", "--micro-batches", "1").splitlines()
+    assert lines[0].startswith("1 process(es)")
+    assert [line.split(":")[0] for line in lines if line.startswith("step")] == ["step 1", "step 2"]
