@@ -2,8 +2,8 @@
 
 A card's dataclass is its schema: a field is a `str`, `int`, `float` or `bool`, a `Literal[...]`, a
 `tuple[..., ...]` of these, a `dict[str, object]` for a table that somebody else checks, or another dataclass, given as
-a table or (with `kind` in the field's metadata) by the name of its own card; `bounded` limits numbers. Environments,
-agents and indexes use the same loader.
+a table or (with `kind` in the field's metadata) by the name of its own card; `bounded` limits numbers and `matching`
+texts. Environments, agents and indexes use the same loader.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -28,6 +29,12 @@ C = TypeVar("C")
 def bounded(low: float, high: float, default: float | None = None) -> typing.Any:
     """A dataclass field whose number must lie in [low, high]; required when it has no default."""
     metadata = {"bounds": (low, high)}
+    return field(metadata=metadata) if default is None else field(default=default, metadata=metadata)
+
+
+def matching(pattern: str, expected: str, default: str | None = None) -> typing.Any:
+    """A dataclass field whose text must match a regular expression as a whole; required when it has no default."""
+    metadata = {"pattern": pattern, "expected": expected}
     return field(metadata=metadata) if default is None else field(default=default, metadata=metadata)
 
 
@@ -67,6 +74,29 @@ def find_card(kind: Kind, name: str | Path) -> Path:
         suggestion = _suggest(str(name), cards)
         raise CardError(f"no card {str(name)!r} in {kind}/{suggestion}; cards there: {', '.join(cards)}")
     return cards[str(name)]
+
+
+def beside(card: Path, key: str, value: str) -> Path | None:
+    """The file or folder beside a card that a value of it names; None where there is none.
+
+    Args:
+        card: the card's file.
+        key: whose value it is, for the message.
+        value: a relative path, or something else, such as a hub id, that is no path at all.
+
+    Raises:
+        CardError: the value leads out of the card's folder: it is absolute, or goes up by `..` or through a link.
+    """
+    folder, path = card.parent.resolve(), Path(value)
+    if not (path.is_absolute() or ".." in path.parts):
+        if not (folder / path).exists():
+            return None
+        if (folder / path).resolve().is_relative_to(folder):
+            return card.parent / path
+    raise CardError(
+        f"{card}: {key} = {value!r} leads out of the card's folder; a card names what lies beside it. Move that there, "
+        "or say where it is yourself, on the command line or in a call"
+    )
 
 
 def list_cards(kind: Kind) -> dict[str, Path]:
@@ -142,6 +172,8 @@ def _checked(hint: object, spec: dataclasses.Field[object], value: object, where
     low, high = spec.metadata.get("bounds", (-math.inf, math.inf))
     if hint in (int, float) and not low <= value <= high:
         raise _wrong(where, spec.name, value, f"{_NAMES[hint]} from {low:g} to {high:g}")
+    if hint is str and not re.fullmatch(spec.metadata.get("pattern", "(?s:.*)"), str(value)):
+        raise _wrong(where, spec.name, value, spec.metadata["expected"])
     return value
 
 

@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.text import Text
 
 from carl_gym.errors import CarlGymError
+from carl_gym.harmless import visible
 
 
 def run_command(command: Callable[[], None]) -> None:
@@ -33,11 +34,19 @@ def run_command(command: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+def shown(text: str) -> Text:
+    """A text as a cell or a title of a table, without what rich or the terminal would make of it."""
+    return Text(visible(text))
+
+
+def show_line(console: Console, text: str, style: str | None = None) -> None:
+    """Print a text as it is: whole, however wide the terminal, without what rich or the terminal would make of it."""
+    console.print(visible(text), style=style, highlight=False, soft_wrap=True, markup=False)
+
+
 def show_warnings(console: Console) -> None:
     """Print warnings from here on as lines of the console, so that they do not break a progress bar."""
-    warnings.showwarning = lambda message, *_: console.print(
-        f"warning: {message}", style="yellow", markup=False, soft_wrap=True
-    )
+    warnings.showwarning = lambda message, *_: show_line(console, f"warning: {message}", "yellow")
 
 
 def hide_model_bars() -> None:

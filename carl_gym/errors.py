@@ -1,8 +1,16 @@
 """The few exception types of the library. Each message says what was wrong, where, and what to do."""
 
+from __future__ import annotations
+
+from carl_gym.harmless import visible
+
 
 class CarlGymError(Exception):
     """Base class: catch this to catch every error that carl-gym raises on purpose."""
+
+    def __str__(self) -> str:
+        # Messages quote cards, data and servers, and end up on terminals.
+        return visible(super().__str__())
 
 
 class CardError(CarlGymError):

@@ -19,7 +19,7 @@ from carl_gym.benchmark.report import full_report, provenance
 from carl_gym.benchmark.results import collect_results
 from carl_gym.benchmark.rise import CONTROL, rise_table, with_controls
 from carl_gym.benchmark.runner import Outcome, check_questions, run_cells
-from carl_gym.console import run_command
+from carl_gym.console import run_command, show_line
 from carl_gym.errors import ConfigError
 
 MINIWIKI = "MiniWiki-v0"
@@ -122,7 +122,7 @@ def benchmark(options: Options, arguments: Sequence[str]) -> None:
     console = Console()
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        show_line(console, text)
 
     plan = make_plan(options)
     records = Records(options.cells or options.folder / "cells.jsonl")

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from carl_gym.cards import load_card, parse_assignments
-from carl_gym.console import progress_bar, run_command, show_warnings
+from carl_gym.console import progress_bar, run_command, show_line, show_warnings
 from carl_gym.errors import ConfigError
 from carl_gym.paths import cache_folder
 from carl_gym.retrieval.builder import verify_index, work_folder
 from carl_gym.retrieval.corpus import Corpus
 from carl_gym.retrieval.corpus_files import mapped_folder, open_corpus
-from carl_gym.retrieval.registry import IndexCard, class_and_settings, index_folders, make_retriever
+from carl_gym.retrieval.registry import IndexCard, class_and_settings, corpus_of, index_folders, make_retriever
 
 DISK_PER_PASSAGE = {"bm25": 1_200, "lucene": 600, "dense": 2 * 4 * 768}
 """Bytes that a build needs, by kind, for passages of 100 words; dense: 768 floats in a shard and again in the index."""
@@ -113,7 +113,7 @@ def build(options: Options) -> None:
     lines += [f"use it:  {setting}python …  gymnasium.make({use}, index={options.recipe!r})"]
     lines += [f"         or in a card of your own: index = {options.recipe!r}"]
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        show_line(console, line)
 
 
 def load(options: Options, card: IndexCard, report: Reporter) -> tuple[Corpus, str]:
@@ -127,7 +127,7 @@ def load(options: Options, card: IndexCard, report: Reporter) -> tuple[Corpus, s
         return make_task(options.env, **arguments).corpus, ", ".join(
             [repr(options.env), *(f"{key}={value!r}" for key, value in arguments.items())]
         )
-    path = options.corpus or card.corpus
+    path = options.corpus or corpus_of(options.recipe)
     if not path:
         raise ConfigError(f"recipe {card.id} fits any corpus; say which with --corpus PATH or --env ID")
     if options.check_disk and Path(path).is_file():

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from carl_gym.console import run_command
+from carl_gym.console import run_command, show_line, shown
 from carl_gym.errors import ConfigError
 from carl_gym.evaluation.comparison import Comparison, Side, compare, condition_differences, pair_up, read_sides
 from carl_gym.files import write_json
+from carl_gym.harmless import visible
 
 SCORES = {"em": "EM", "f1": "F1", "cover_em": "cover EM", "judge": "judge"}
 
@@ -61,7 +62,7 @@ def show(options: Options) -> None:
     found = [(a, b, compare(a, b)) for a, b in pairs]
     console = Console()
     for letter, path in zip("AB", (options.results[0], options.results[-1]), strict=True):
-        console.print(f"{letter}: {path}", highlight=False, soft_wrap=True, markup=False)
+        show_line(console, f"{letter}: {path}")
     for a, b, scores in found:
         console.print(table(a, b, scores))
     if options.output:
@@ -79,8 +80,8 @@ def table(a: Side, b: Side, scores: Sequence[Comparison]) -> Table:
     differing = condition_differences(a, b)
     warning = f"forced: scores that differ in {', '.join(differing)} do not compare" if differing else ""
     result = Table(
-        title=f"{names(a, b)} in {a.env}: {scores[0].questions} questions in common",
-        caption=Text(warning, style="bold yellow"),
+        title=shown(f"{names(a, b)} in {a.env}: {scores[0].questions} questions in common"),
+        caption=Text(visible(warning), style="bold yellow"),
     )
     result.add_column("%", no_wrap=True)
     for name in ("A", "B", "B - A", "95 % interval", "p", "better", "worse", "same"):

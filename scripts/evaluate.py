@@ -21,7 +21,7 @@ from carl_gym.agents.card import resolve
 from carl_gym.agents.policy import Policy, Transcript
 from carl_gym.agents.scripted import SCRIPTED, ByteTranscript
 from carl_gym.cards import list_cards
-from carl_gym.console import hide_model_bars, run_command, show_warnings
+from carl_gym.console import hide_model_bars, run_command, show_line, show_warnings
 from carl_gym.envs.judge import Judge, JudgeSettings
 from carl_gym.envs.task import SearchTask
 from carl_gym.errors import ConfigError
@@ -157,7 +157,7 @@ def evaluate(options: Options) -> None:
             write_json(folder / RUNS_FILE, [[*pair, run.run_id] for pair, run in runs.items()])
         judge = stack.enter_context(Judge(judge_settings)) if judge_settings else None
         for environment in environments:
-            show(console, describe(environment.as_dict()))
+            show_line(console, describe(environment.as_dict()))
         with ProgressTable(console, ((e.label, a, len(e.questions) * options.samples) for e, a in pairs)) as table:
             for agent in options.agents:
                 play_agent(agent, environments, store, table, judge, options)
@@ -172,7 +172,7 @@ def evaluate(options: Options) -> None:
         console.print(result_table(environment, summary))
     if len(environments) > 1:
         console.print(overview_table(summary))
-    show(console, f"config, episodes and summary: {folder}")
+    show_line(console, f"config, episodes and summary: {folder}")
 
 
 def summary_of(environments: Sequence[Environment], store: EpisodeStore, options: Options) -> dict[str, Any]:
@@ -189,10 +189,6 @@ def summary_of(environments: Sequence[Environment], store: EpisodeStore, options
         "judge": options.judge[1] if options.judge else None,
         "environments": [environment.as_dict() | {"results": results(environment)} for environment in environments],
     }
-
-
-def show(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def check_agent(name: str, backend: str | None) -> None:

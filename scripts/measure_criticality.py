@@ -19,7 +19,7 @@ from carl_gym.agents.card import resolve
 from carl_gym.agents.policy import Policy, Transcript
 from carl_gym.agents.scripted import SCRIPTED, ByteTranscript
 from carl_gym.benchmark.provenance import commit, machine
-from carl_gym.console import hide_model_bars, progress_bar, run_command, show_warnings
+from carl_gym.console import hide_model_bars, progress_bar, run_command, show_line, show_warnings
 from carl_gym.envs.state import EnvState
 from carl_gym.errors import ConfigError
 from carl_gym.evaluation.criticality import CHUNK, RESAMPLES, choose, measure, visit
@@ -114,14 +114,14 @@ def study(options: Options, arguments: Sequence[str]) -> None:
         result = options.output_dir / RESULT_FILE
         if result.is_file():
             summary = json.loads(result.read_text(encoding="utf-8"))["summary"]
-            show(console, f"{result} is there already: nothing is measured anew")
+            show_line(console, f"{result} is there already: nothing is measured anew")
         else:
-            show(console, describe(environment.as_dict()))
+            show_line(console, describe(environment.as_dict()))
             run(environment, options, store, console)
             summary = write_result(options, config, store.measured, command)
     for table in tables(summary):
         console.print(table)
-    show(console, f"states, result and figure: {options.output_dir}")
+    show_line(console, f"states, result and figure: {options.output_dir}")
 
 
 def check_agent(options: Options) -> None:
@@ -195,10 +195,6 @@ def write_result(
     rows = [measured_values(state) | {name: getattr(state, name) for name in derived} for state in states]
     write_json(folder / RESULT_FILE, {**made, "config": config, "summary": summary, "states": rows})
     return summary
-
-
-def show(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

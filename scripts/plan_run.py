@@ -73,7 +73,7 @@ def shape_of(model: str) -> ModelShape:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         with torch.device("meta"):
             parameters = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
         return ModelShape(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,12 @@ import tyro
 from rich.console import Console
 from rich.progress import TaskID
 
+from carl_gym.api_key import VARIABLE, is_loopback, read_api_key
 from carl_gym.cards import load_card
-from carl_gym.console import progress_bar, run_command
+from carl_gym.console import progress_bar, run_command, show_line, show_warnings
 from carl_gym.errors import ConfigError
 from carl_gym.retrieval import make_retriever, open_corpus
-from carl_gym.retrieval.registry import IndexCard
+from carl_gym.retrieval.registry import IndexCard, corpus_of
 from carl_gym.retrieval.retriever import Retriever
 from carl_gym.retrieval.server import Limits, create_app, serve
 
@@ -29,7 +31,9 @@ class Options:
     index: str = "bm25"
     """A recipe in retrieval_index/, or the path of one."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets every machine in the network search."""
+    """Address to listen on; 0.0.0.0 lets every machine in the network search, with the key if there is one."""
+    api_key_file: Path | None = None
+    """File with the key that clients must send; by default it is in the variable CARL_GYM_API_KEY, if there is one."""
     port: int = 8000
     """Port to listen on; 0 for any that is free."""
     topk: int = 3
@@ -50,16 +54,21 @@ def start(options: Options) -> None:
     for name in ("uvicorn", "bm25s"):
         logging.getLogger(name).setLevel(logging.WARNING)
     console = Console()
+    show_warnings(Console(stderr=True))
+    key = read_api_key(options.api_key_file)
+    if not (key or is_loopback(options.host)):
+        warnings.warn(
+            f"without a key, whoever reaches {options.host} can read the whole corpus; set {VARIABLE} here and at the "
+            "clients, or pass --api-key-file",
+            stacklevel=1,
+        )
     retriever = load_retriever(options)
-    app = create_app(retriever, options.limits, topk=options.topk)
+    app = create_app(retriever, options.limits, topk=options.topk, api_key=key)
 
     def ready(url: str) -> None:
         """One line that a script can wait for and read."""
         corpus = retriever.corpus
-        console.print(
-            f"serving {options.index} at {url} (corpus {corpus.fingerprint}, {len(corpus):,} passages)",
-            highlight=False, soft_wrap=True, markup=False,
-        )  # fmt: skip
+        show_line(console, f"serving {options.index} at {url} (corpus {corpus.fingerprint}, {len(corpus):,} passages)")
 
     serve(app, options.host, options.port, grace=options.grace, ready=ready)
 
@@ -67,7 +76,7 @@ def start(options: Options) -> None:
 def load_retriever(options: Options) -> Retriever:
     """The recipe's retriever over the corpus, with a bar for what has to be built."""
     card = load_card("retrieval_index", options.index, IndexCard)
-    path = options.corpus or card.corpus
+    path = options.corpus or corpus_of(options.index)
     if not path:
         raise ConfigError(f"the recipe {card.id!r} names no corpus; pass --corpus")
     with progress_bar(Console(stderr=True), "passages") as bar:

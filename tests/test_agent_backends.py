@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -69,9 +70,9 @@ def test_an_adapter_is_merged_into_the_weights(tiny_agent_folder: Path, tmp_path
     wanted = adapted(input_ids=ids).logits
     adapted.save_pretrained(tmp_path / "adapter")
     card = tmp_path / "agent.toml"
-    text = (tiny_agent_folder / "agent.toml").read_text()
-    text = text.replace('model = "."', f'model = "{tiny_agent_folder}"')
-    card.write_text(text.replace('lora = ""', f'lora = "{tmp_path / "adapter"}"'))
+    shutil.copytree(tiny_agent_folder, tmp_path / "base")
+    text = (tiny_agent_folder / "agent.toml").read_text().replace('model = "."', 'model = "base"')
+    card.write_text(text.replace('lora = ""', 'lora = "adapter"'))
     agent = load_agent(str(card), device="cpu")
     assert agent.model is not None
     torch.testing.assert_close(agent.model(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
@@ -81,7 +82,7 @@ def test_an_adapter_is_merged_into_the_weights(tiny_agent_folder: Path, tmp_path
     again = load_agent(str(tmp_path / "saved"), device="cpu")
     assert again.card.lora == "" and again.model is not None
     torch.testing.assert_close(again.model(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
-    card.write_text(card.read_text().replace(str(tmp_path / "adapter"), str(tmp_path / "none")))
+    card.write_text(text.replace('lora = ""', 'lora = "none"'))
     with pytest.raises(PolicyError, match="no adapter at"):
         load_agent(str(card), device="cpu")
 
@@ -89,7 +90,8 @@ def test_an_adapter_is_merged_into_the_weights(tiny_agent_folder: Path, tmp_path
 def test_an_adapter_without_peft(tiny_agent_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     card = tmp_path / "agent.toml"
-    text = (tiny_agent_folder / "agent.toml").read_text().replace('model = "."', f'model = "{tiny_agent_folder}"')
+    shutil.copytree(tiny_agent_folder, tmp_path / "base")
+    text = (tiny_agent_folder / "agent.toml").read_text().replace('model = "."', 'model = "base"')
     card.write_text(text.replace('lora = ""', 'lora = "adapter"'))
     with pytest.raises(PolicyError, match="needs the package peft: pip install"):
         load_agent(str(card), device="cpu")
@@ -97,7 +99,8 @@ def test_an_adapter_without_peft(tiny_agent_folder: Path, tmp_path: Path, monkey
 
 def test_what_is_trained_is_in_float32_whatever_samples(tiny_agent_folder: Path, tmp_path: Path) -> None:
     card = tmp_path / "agent.toml"
-    text = (tiny_agent_folder / "agent.toml").read_text().replace('model = "."', f'model = "{tiny_agent_folder}"')
+    shutil.copytree(tiny_agent_folder, tmp_path / "base")
+    text = (tiny_agent_folder / "agent.toml").read_text().replace('model = "."', 'model = "base"')
     card.write_text(text.replace('dtype = "float32"', 'dtype = "bfloat16"'))
     trained, evaluated = load_agent(str(card), device="cpu"), load_agent(str(card), device="cpu", trainable=False)
     assert trained.model is not None and trained.model.dtype == torch.float32

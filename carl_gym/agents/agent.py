@@ -31,6 +31,7 @@ from carl_gym.agents.transformers_policy import TransformersPolicy
 from carl_gym.cards import list_cards
 from carl_gym.envs.protocol import STOP_STRINGS, TOOLS, function_schemas
 from carl_gym.errors import ConfigError, PolicyError
+from carl_gym.model_files import brings_code
 
 Backend = Literal["transformers", "vllm", "vllm-server", "openai"]
 _UNUSABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
@@ -42,6 +43,14 @@ class _Sleeper(Protocol):
     def sleep(self) -> None: ...
 
     def wake(self) -> None: ...
+
+
+@runtime_checkable
+class _Servers(Protocol):
+    @property
+    def label(self) -> str: ...
+
+    def follow(self, label: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +85,16 @@ class Agent:
         if weights is None and not self.shares_weights:
             weights = dict(self.model.named_parameters())
         self.policy.sync(weights)
+
+    @property
+    def label(self) -> str:
+        """Of the weights that servers hold, for the agents of other processes; "" where there are no servers."""
+        return self.policy.label if isinstance(self.policy, _Servers) else ""
+
+    def follow(self, label: str) -> None:
+        """In place of `sync`: sample from the weights that another process' agent has handed to the servers."""
+        assert isinstance(self.policy, _Servers)
+        self.policy.follow(label)
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -115,6 +134,7 @@ def load_agent(
     tools: Sequence[str] = TOOLS,
     trainable: bool = True,
     weights_dir: Path | None = None,
+    follow: str = "",
 ) -> Agent:
     """An agent by card name, card file, model folder or hub id.
 
@@ -126,6 +146,8 @@ def load_agent(
         tools: the tools that a chat agent is told about.
         trainable: load the model in float32, also where the backend has one of its own in the card's dtype.
         weights_dir: folder through which servers read weights; they and this machine must see it under one path.
+        follow: label of the weights that another process' agent has handed to the same servers (`Agent.label`), in
+            place of handing them over.
 
     Raises:
         CardError: a card that is not valid, or a backend that does not go with its keys.
@@ -162,20 +184,23 @@ def load_agent(
         from carl_gym.agents.weight_transfer import DiskTransfer
 
         policy = VllmServerPolicy(
-            used.urls, tokenizer, STOP_STRINGS, eos, context=transcript.context, transfer=DiskTransfer(weights_dir)
-        )
+            used.urls, tokenizer, STOP_STRINGS, eos, context=transcript.context, transfer=DiskTransfer(weights_dir),
+            trusted=bool(urls),
+        )  # fmt: skip
     agent = Agent(card, policy, transcript, model, tokenizer)
     if used.backend == "vllm-server" or (used.backend == "vllm" and card.lora):
-        agent.sync()  # servers may hold anything, and an engine loads a model without its adapter
+        # Servers may hold anything, and an engine loads a model without its adapter.
+        agent.follow(follow) if follow else agent.sync()
         policy.version = 0
     return agent
 
 
 def _tokenizer(name: str, source: str) -> tuple[PreTrainedTokenizerBase, int, set[int]]:
     """A model's tokenizer, longest sequence in tokens, and the ids that end its texts."""
+    _refuse_code(name, source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        config = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except _UNUSABLE as error:
         raise _no_model(name, source, error) from error
     try:
@@ -190,6 +215,8 @@ def _model(name: str, source: str, lora: str, dtype: str, device: str | None) ->
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
+            trust_remote_code=False,
+            use_safetensors=True,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             attn_implementation="sdpa",
             output_loading_info=True,
@@ -218,8 +245,9 @@ def _merged(model: PreTrainedModel, lora: str, name: str) -> PreTrainedModel:
         raise PolicyError(
             f"agent {name!r} has a LoRA adapter, which needs the package peft: pip install 'carl-gym[lora]'"
         ) from error
+    _refuse_code(name, lora)
     try:
-        return PeftModel.from_pretrained(model, lora).merge_and_unload()
+        return PeftModel.from_pretrained(model, lora, use_safetensors=True).merge_and_unload()
     except _UNUSABLE as error:
         raise PolicyError(f"agent {name!r}: no adapter at {lora!r} that fits its model ({error})") from error
 
@@ -246,10 +274,17 @@ def _hosted(card: AgentCard, name: str, tools: Sequence[str]) -> Agent:
     return Agent(card, policy, transcript)
 
 
+def _refuse_code(name: str, source: str) -> None:
+    """Before anything is loaded. Raises PolicyError."""
+    if reason := brings_code(source):
+        raise PolicyError(f"agent {name!r}: {reason}")
+
+
 def _no_model(name: str, source: str, error: Exception) -> PolicyError:
     return PolicyError(
         f"agent {name!r}: no usable model at {source!r} ({error}). Give the name of a card in agents/ "
-        f"({', '.join(list_cards('agents'))}), a folder with config.json, weights and tokenizer, or a hub id"
+        f"({', '.join(list_cards('agents'))}), a folder with config.json, tokenizer and weights as safetensors, or a "
+        "hub id"
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from carl_gym.cards import bounded, find_card, list_cards, load_card, make_card
+from carl_gym.cards import beside, bounded, find_card, list_cards, load_card, make_card
 from carl_gym.errors import CardError
 
 CARD_FILE = "agent.toml"
@@ -25,7 +25,7 @@ class AgentCard:
     Attributes:
         id: name of the agent.
         description: one sentence for people.
-        model: folder (relative to the card) or hub id of the model.
+        model: folder beside the card, or hub id of the model.
         prompt: text before the first action, in a chat what the first user message says; `{observation}` stands for
             the question. Empty: inline the tokenizer's chat template with `INSTRUCTION`, in a chat the question alone.
         observation: text between two actions; `{observation}` stands for what the environment returned. In a chat it
@@ -42,7 +42,7 @@ class AgentCard:
         backend: what runs the model.
         urls: addresses of the servers of `vllm-server` and `openai`.
         openai: what the backend `openai` is told besides, see `chat_client.OpenAISettings`.
-        lora: folder or hub id of a PEFT adapter that is put on the model; "" for none.
+        lora: folder beside the card, or hub id, of a PEFT adapter that is put on the model; "" for none.
         dtype: of the weights; `auto` is what the model was stored in.
 
     Raises:
@@ -91,7 +91,12 @@ class AgentCard:
 
 
 def resolve(name: str) -> tuple[AgentCard, str]:
-    """The card and where its model is."""
+    """The card, with its adapter where that is, and where its model is.
+
+    Raises:
+        CardError: no such card, a malformed one, or one that names a model or adapter outside of its folder; or a model
+            folder whose card is of a hosted model: its maker would choose where questions and keys are sent.
+    """
     folder = Path(name)
     if name.endswith(".toml") or name in list_cards("agents"):  # a folder of that name is ./name
         path = find_card("agents", name)
@@ -102,5 +107,10 @@ def resolve(name: str) -> tuple[AgentCard, str]:
     else:
         return make_card(AgentCard, {"id": name, "description": "", "model": name}, name), name
     card = load_card("agents", path, AgentCard)
-    beside = path.parent / card.model
-    return card, str(beside) if beside.is_dir() else card.model
+    if path.name == CARD_FILE and card.backend == "openai":
+        raise CardError(
+            f"{path}: backend is openai, and the card of a model folder is about the model in it; put the card of a "
+            "hosted model into a file of another name"
+        )
+    model, lora = beside(path, "model", card.model), beside(path, "lora", card.lora) if card.lora else None
+    return replace(card, lora=str(lora or card.lora)), str(model or card.model)

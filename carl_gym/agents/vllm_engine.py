@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from carl_gym.agents.policy import SampleRequest, refuse_entropies
+from carl_gym.api_key import key_header
 from carl_gym.errors import PolicyError
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ CPU_BATCH_TOKENS = 8192
 """Most tokens of a step of the engine on CPUs, where a prompt must not be cut in pieces: a sampler with a seed dies of
 it (`CPU Generator does not use offset`)."""
 WORKER_EXTENSION = "carl_gym.agents.vllm_engine.WeightReceiver"
+KEY_GATE = "carl_gym.api_key.KeyGate"
+"""Middleware of a server with a key: in front of all of its endpoints, also those that take weights."""
 SERVE_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
 """What `vllm serve` needs in its environment to take new weights: it opens endpoints for whoever can reach it, so
 servers belong on loopback or a private network."""
@@ -122,7 +125,7 @@ def start_engine(
         return LLM(
             model=model, dtype=dtype, max_model_len=context, max_num_seqs=max_batch, disable_log_stats=False,
             logprobs_mode="processed_logprobs", enable_prefix_caching=True, generation_config="vllm",
-            worker_extension_cls=WORKER_EXTENSION, **settings,
+            worker_extension_cls=WORKER_EXTENSION, trust_remote_code=False, load_format="safetensors", **settings,
         )  # fmt: skip
     except (RuntimeError, ValueError, OSError, NotImplementedError, AssertionError) as error:
         raise PolicyError(f"vLLM cannot serve {model!r}: {error}") from error
@@ -324,15 +327,22 @@ def send_by_nccl(model: torch.nn.Module, url: str, address: str, port: int) -> N
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+    headers = key_header(url, trusted=True)  # a transfer by NCCL is set up in Python, by the user
+
+    class Client(HTTPVLLMWeightSyncClient):
+        """vLLM's own, which sends no key."""
+
+        def _post(self, path: str, json: dict[str, Any] | None = None) -> None:
+            address = f"{self.base_url}/{path}"
+            requests.post(address, json=json, timeout=self.timeout, headers=headers).raise_for_status()
+
     try:
-        workers = requests.get(f"{url}/get_world_size", timeout=30).json()["world_size"]
+        workers = requests.get(f"{url}/get_world_size", timeout=30, headers=headers).json()["world_size"]
         group = NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=1 + workers)
-        sender = WeightTransferTrainerFactory.trainer_init(
-            group, client=HTTPVLLMWeightSyncClient(url), source=ModuleSource(model)
-        )
+        sender = WeightTransferTrainerFactory.trainer_init(group, client=Client(url), source=ModuleSource(model))
         sender.send_weights()
         sender.shutdown()
-        requests.post(f"{url}/shutdown_weight_transfer_engine", timeout=30).raise_for_status()
+        requests.post(f"{url}/shutdown_weight_transfer_engine", timeout=30, headers=headers).raise_for_status()
     except (requests.RequestException, KeyError, ValueError, RuntimeError) as error:
         raise PolicyError(f"the weights could not be sent to {url} by NCCL: {error}") from error
 
@@ -342,21 +352,35 @@ def runs_on_cpu() -> bool:
     return not torch.cuda.is_available()
 
 
-def serve_arguments(model: str, *, dtype: str, context: int | None, port: int, cpu: bool) -> list[str]:
+def serve_arguments(
+    model: str,
+    *,
+    dtype: str,
+    context: int | None,
+    port: int,
+    cpu: bool,
+    host: str = "127.0.0.1",
+    guarded: bool = False,
+) -> list[str]:
     """A command line of `vllm serve` that `VllmServerPolicy` can work with; add what the hardware needs.
 
     Args:
         model: folder or hub id.
         dtype: float32, bfloat16 or auto.
         context: longest prefix and action together, in tokens; None for the model's.
-        port: on loopback.
+        port: to listen on.
         cpu: whether vLLM's CPU build is to run it.
+        host: address to listen on.
+        guarded: whether requests must show the API key in the server's environment. (vLLM's own `--api-key` leaves
+            the endpoints open that take weights, and `ps` shows it.)
     """
     arguments = [
-        "vllm", "serve", model, "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype,
+        "vllm", "serve", model, "--host", host, "--port", str(port), "--dtype", dtype,
         "--logprobs-mode", "processed_logprobs", "--enable-prefix-caching", "--generation-config", "vllm",
-        "--enable-scale-out", "--worker-extension-cls", WORKER_EXTENSION,
+        "--load-format", "safetensors", "--enable-scale-out", "--worker-extension-cls", WORKER_EXTENSION,
     ]  # fmt: skip
+    if guarded:
+        arguments += ["--middleware", KEY_GATE]
     if context is not None:
         arguments += ["--max-model-len", str(context)]
     if cpu:

@@ -19,7 +19,7 @@ import uuid
 import warnings
 from array import array
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import aiohttp
@@ -31,7 +31,9 @@ from carl_gym.agents import vllm_engine
 from carl_gym.agents.policy import Completion, Exchange, SampleRequest, check_requests, sample_by_stream
 from carl_gym.agents.vllm_policy import completion, joined
 from carl_gym.agents.weight_transfer import WeightTransfer
+from carl_gym.api_key import check_no_password, key_advice, key_header
 from carl_gym.errors import PolicyError
+from carl_gym.harmless import visible
 
 T = TypeVar("T")
 
@@ -52,6 +54,7 @@ class _Server:
     """One `vllm serve`; `trouble` says why it is not used, and is empty when it is."""
 
     url: str
+    headers: Mapping[str, str] = field(repr=False)
     trouble: str = "not reached yet"
     in_flight: int = 0
     repair: asyncio.Task[None] | None = None
@@ -67,11 +70,13 @@ class VllmServerPolicy:
         eos: ids that end an action.
         context: longest prefix and action together, in tokens; the servers' `--max-model-len` or less.
         transfer: how weights get to the servers. None: they keep their own, and `sync` is refused.
+        trusted: whether the user named the servers, and no card: they are then sent the API key (see `api_key`).
         timeout: seconds that a server may take for one request.
         patience: seconds to wait for servers when none is up, before giving up.
 
     Raises:
         PolicyError: no server answers within `patience`, or one cannot be used.
+        ConfigError: an address with a password, or an API key that is none.
     """
 
     def __init__(
@@ -83,19 +88,22 @@ class VllmServerPolicy:
         *,
         context: int,
         transfer: WeightTransfer | None = None,
+        trusted: bool = True,
         timeout: float = 600.0,
         patience: float = 300.0,
     ) -> None:
         for url in urls:
             if not url.startswith(("http://", "https://")):
                 raise PolicyError(f"{url!r} is no server address; it looks like http://127.0.0.1:8000")
+            check_no_password(url)
         if not urls or len(set(urls)) < len(urls):
             raise PolicyError(f"server addresses {list(urls)}: name at least one, and each once")
         self.tokenizer, self.stop, self.context = tokenizer, tuple(stop), context
         self.version = 0
         self.timeout, self.patience = timeout, patience
         self._eos, self._transfer = eos, transfer
-        self._servers = [_Server(url.rstrip("/")) for url in urls]
+        self._trusted = trusted
+        self._servers = [_Server(url.rstrip("/"), key_header(url, trusted=trusted)) for url in urls]
         self._run_id = uuid.uuid4().hex[:8]  # a server may still hold another run's version 1
         self._label, self._published = "", 0
         self._process = os.getpid()  # a fork has no thread to run the loop
@@ -191,6 +199,19 @@ class VllmServerPolicy:
         label = f"{self._run_id}-{self._published}"
         self._transfer.publish(tensors, label)
         self._wait(self._push_all(label))
+        self.version += 1
+
+    @property
+    def label(self) -> str:
+        """Of the weights that answers have to come from; "" as long as none were handed over."""
+        return self._label
+
+    def follow(self, label: str) -> None:
+        """From here on answers have to come from the weights that another process' policy has handed to the servers.
+
+        A server that lost them is given them from the folder of the transfer, which has to be that policy's.
+        """
+        self._label = label
         self.version += 1
 
     def close(self) -> None:
@@ -316,7 +337,8 @@ class VllmServerPolicy:
         return found
 
     def _say_what_is_waited_for(self) -> None:
-        warnings.warn(f"waiting up to {self.patience:g} s for vLLM servers: {self._troubles()}", stacklevel=1)
+        troubles = visible(self._troubles())
+        warnings.warn(f"waiting up to {self.patience:g} s for vLLM servers: {troubles}", stacklevel=1)
 
     def _troubles(self) -> str:
         return "; ".join(f"{url}: {trouble}" for url, trouble in self.trouble.items())
@@ -383,7 +405,9 @@ class VllmServerPolicy:
 
     async def _get(self, server: _Server, path: str) -> Any:
         assert self._session is not None
-        async with self._session.get(server.url + path, timeout=aiohttp.ClientTimeout(total=10)) as response:
+        timeout = aiohttp.ClientTimeout(total=10)
+        async with self._session.get(server.url + path, timeout=timeout, headers=server.headers) as response:
+            self._check_key(server, response)
             response.raise_for_status()
             text = await response.text()
             return json.loads(text) if text else None
@@ -392,7 +416,10 @@ class VllmServerPolicy:
         """The JSON answer. Raises PolicyError on a refusal (4xx), which no other server would answer differently."""
         assert self._session is not None
         timeout = aiohttp.ClientTimeout(total=self.timeout)
-        async with self._session.post(server.url + path, json=payload, timeout=timeout) as response:
+        async with self._session.post(
+            server.url + path, json=payload, timeout=timeout, headers=server.headers
+        ) as response:
+            self._check_key(server, response)
             if 400 <= response.status < 500 and response.status not in (408, 429):
                 text = (await response.text())[:500]
                 hint = "; start it as docs/agents-backends.md says" if response.status in (403, 404) else ""
@@ -403,6 +430,10 @@ class VllmServerPolicy:
                     response.request_info, response.history, status=response.status, message=text
                 )
             return await response.json(content_type=None)
+
+    def _check_key(self, server: _Server, response: aiohttp.ClientResponse) -> None:
+        if response.status == 401:
+            raise PolicyError(f"{server.url} asks for an API key; {key_advice(server.url, trusted=self._trusted)}")
 
 
 def _take(answers: queue.SimpleQueue[T], seconds: float) -> list[T]:

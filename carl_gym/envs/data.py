@@ -21,6 +21,7 @@ from carl_gym.envs.questions import VALIDATION
 from carl_gym.envs.schemas import Context, Example, Record, read_examples, read_records
 from carl_gym.envs.state import Question
 from carl_gym.errors import ConfigError, DataError
+from carl_gym.harmless import visible
 from carl_gym.paths import PACKAGE
 from carl_gym.retrieval import open_corpus
 from carl_gym.retrieval.corpus import Corpus, Passage
@@ -214,7 +215,7 @@ def _from_examples(
         corpus = Corpus(_numbered(contexts), source)
     passages, note = (corpus, "") if isinstance(corpus, Corpus) else _passages(card, source, corpus)
     data = Data(tuple(questions), passages, "")
-    return replace(data, source=f"{source}{note} ({_counts(data)})")
+    return replace(data, source=visible(f"{source}{note} ({_counts(data)})"))
 
 
 def _passages(card: DataCard, source: str, corpus: str | Path | None) -> tuple[Corpus, str]:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from carl_gym.cards import matching
+
+_NAME = r"\w[\w.+-]*"
+"""Of a folder or on the hub: no path, which would lead elsewhere."""
+
 
 @dataclass(frozen=True, slots=True)
 class FieldMap:
@@ -32,10 +37,11 @@ class DataCard:
     """Where the questions and passages of an environment come from.
 
     Attributes:
-        name: `miniwiki` for generated worlds, else the folder that CARL_GYM_DATA may hold.
+        name: `miniwiki` for generated worlds, else the folder that CARL_GYM_DATA may hold: letters, digits
+            and `_.+-`.
         schema: how original records are read: a name in `schemas.SCHEMAS`, or `auto` to go by their keys.
         fields: where a record's fields differ from the schema's.
-        hub: repository on the Hugging Face hub; "" for none.
+        hub: repository on the Hugging Face hub, as owner/name; "" for none.
         config: its configuration.
         hub_split: the split taken from the hub when nobody asks for one.
         hub_splits: the splits that have answers; none for any.
@@ -48,10 +54,10 @@ class DataCard:
         homepage: where the data set is described.
     """
 
-    name: str
+    name: str = matching(_NAME, "the name of a folder: letters, digits and _.+-")
     schema: str = "auto"
     fields: FieldMap = FieldMap()
-    hub: str = ""
+    hub: str = matching(f"({_NAME}/{_NAME})?", "owner/name", "")
     config: str = ""
     hub_split: str = "validation"
     hub_splits: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from carl_gym.cards import list_cards
+from carl_gym.cards import beside, list_cards
 from carl_gym.errors import CardError
 
 if TYPE_CHECKING:
@@ -128,7 +128,8 @@ def _tokenizer_files(name: str) -> list[Path]:
     files = [Path(name), Path(name) / "tokenizer.json"]
     if card := list_cards("agents").get(name):
         model = tomllib.loads(card.read_text(encoding="utf-8")).get("model", "")
-        files.append(card.parent / str(model) / "tokenizer.json")
+        if folder := beside(card, "model", str(model)):
+            files.append(folder / "tokenizer.json")
     return files
 
 

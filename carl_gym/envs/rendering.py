@@ -6,12 +6,12 @@ sequences can neither move the cursor nor recolour, hide or reorder what stands 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from carl_gym.envs.state import EnvState, ParsedAction
 from carl_gym.envs.task import SearchTask
+from carl_gym.harmless import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,17 +26,6 @@ STYLES: dict[Kind, str] = {
     "end": "bold green",
 }
 """How `show` writes each kind of line (rich's styles)."""
-
-# C0 and C1 controls but tab and line feed, line separators, lone surrogates (terminals have no bytes for them), and
-# the characters that reorder text.
-_CONTROL = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-
-
-def visible(text: str) -> str:
-    """`text` with every control character written as an escape such as `\\x1b`, which a terminal only shows."""
-    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def transcript(task: SearchTask, state: EnvState) -> str:

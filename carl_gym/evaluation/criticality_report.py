@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.table import Table
-from rich.text import Text
 
+from carl_gym.console import shown
 from carl_gym.evaluation.criticality_summary import HIGH, NEAR_ZERO, Summary
+from carl_gym.harmless import in_markdown
 
 NAMES = {
     "one_sample": "h of one action",
@@ -55,11 +56,11 @@ def tables(summary: Summary) -> list[Table]:
     """For a terminal."""
     found = []
     for grid in grids(summary):
-        table = Table(title=Text(grid.title), title_justify="left")
+        table = Table(title=shown(grid.title), title_justify="left")
         for number, column in enumerate(grid.columns):
-            table.add_column(Text(column), justify="right" if number else "left")
+            table.add_column(shown(column), justify="right" if number else "left")
         for row in grid.rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*map(shown, row))
         found.append(table)
     return found
 
@@ -71,7 +72,8 @@ def markdown(summary: Summary, setting: Mapping[str, object]) -> str:
         summary: what was found.
         setting: what was measured, listed at the top.
     """
-    parts = ["# Criticality", "\n".join(f"- {name}: {value}" for name, value in setting.items()), LEGEND]
+    items = (f"- {name}: {in_markdown(str(value))}" for name, value in setting.items())
+    parts = ["# Criticality", "\n".join(items), LEGEND]
     for grid in grids(summary):
         lines = [grid.columns, ("---", *("---:" for _ in grid.columns[1:])), *grid.rows]
         parts += [f"## {grid.title}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]

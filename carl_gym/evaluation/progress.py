@@ -13,7 +13,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from carl_gym.console import show_line, shown
 from carl_gym.evaluation.episodes import Episode
+from carl_gym.harmless import visible
 
 COLUMNS = ("EM %", "F1 %", "turns", "invalid %", "per s", "s left")
 
@@ -108,14 +110,14 @@ class ProgressTable:
         for name in ("episodes", *COLUMNS):
             table.add_column(name, justify="right", no_wrap=True)
         for env in dict.fromkeys(env for env, _ in self.rows):
-            table.add_row(Text(env, style="bold"))
+            table.add_row(Text(visible(env), style="bold"))
             for (where, agent), row in self.rows.items():
                 if where == env:
-                    table.add_row(*map(Text, (f"  {agent}", f"{row.done:,}/{row.total:,}", *row.cells())))
+                    table.add_row(*map(shown, (f"  {agent}", f"{row.done:,}/{row.total:,}", *row.cells())))
         return table
 
     def _print(self, env: str, agent: str, before: str = "") -> None:
         row = self.rows[env, agent]
         values = ", ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, row.cells(), strict=True) if cell)
         line = f"{env}, {agent}: {before}{row.done}/{row.total} episodes, {values}"
-        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+        show_line(self._console, line)

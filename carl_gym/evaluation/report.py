@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.table import Table
-from rich.text import Text
+
+from carl_gym.console import shown
+from carl_gym.harmless import in_markdown
 
 Result = Mapping[str, Any]
 """An agent's result in an environment, as in summary.json."""
@@ -69,12 +71,12 @@ def result_rows(results: Sequence[Result]) -> list[Row]:
 
 def result_table(environment: Mapping[str, Any], summary: Mapping[str, Any]) -> Table:
     """A column per agent for an environment of a summary.json."""
-    table = Table(title=_title(environment, summary), caption=str(environment["setting"]["source"]))
+    table = Table(title=shown(_title(environment, summary)), caption=shown(str(environment["setting"]["source"])))
     table.add_column("")
     for result in environment["results"]:
-        table.add_column(Text(result["agent"]), justify="right", overflow="fold")
+        table.add_column(shown(result["agent"]), justify="right", overflow="fold")
     for row in result_rows(environment["results"]):
-        table.add_row(*map(Text, (row.label, *row.cells)))
+        table.add_row(*map(shown, (row.label, *row.cells)))
     return table
 
 
@@ -83,9 +85,9 @@ def overview_table(summary: Mapping[str, Any]) -> Table:
     table = Table(title=_EM_EVERYWHERE)
     table.add_column("")
     for agent in _agents(summary):
-        table.add_column(Text(agent), justify="right", overflow="fold")
+        table.add_column(shown(agent), justify="right", overflow="fold")
     for row in _overview_rows(summary):
-        table.add_row(*map(Text, (row.label, *row.cells)))
+        table.add_row(*map(shown, (row.label, *row.cells)))
     return table
 
 
@@ -97,8 +99,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
     for environment in summary["environments"]:
         agents = [result["agent"] for result in environment["results"]]
         parts += [
-            f"## {_title(environment, summary)}",
-            describe(environment).replace("\n", "  \n"),
+            f"## {in_markdown(_title(environment, summary))}",
+            in_markdown(describe(environment)).replace("\n", "  \n"),
             _markdown_table(agents, result_rows(environment["results"])),
         ]
     return "\n\n".join(parts) + "\n"
@@ -145,5 +147,6 @@ def _overview_rows(summary: Mapping[str, Any]) -> list[Row]:
 
 
 def _markdown_table(columns: Sequence[str], rows: Sequence[Row]) -> str:
-    lines = [("", *columns), ("---", *("---:" for _ in columns)), *((row.label, *row.cells) for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    lines = [("", *map(in_markdown, columns)), ("---", *("---:" for _ in columns))]
+    lines += [(in_markdown(row.label), *row.cells) for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from carl_gym.cards import bounded
 from carl_gym.errors import RetrievalError
+from carl_gym.model_files import brings_code
 from carl_gym.retrieval.corpus import Passage
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ class Encoder:
         self._lock = threading.Lock()
         name = settings.encoder
         source = embedded_model() if name == EMBEDDED else name
+        if reason := brings_code(str(source)):
+            raise RetrievalError(f"encoder {name!r}: {reason}")
         try:
             self._embed = (_sentence_model if settings.pooling == "model" else _pooled_model)(
                 str(source), settings, self._device
@@ -177,8 +180,11 @@ def _pooled_model(source: str, settings: EncoderSettings, device: torch.device) 
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model: Any = AutoModel.from_pretrained(source, dtype=getattr(torch, settings.dtype)).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    model: Any = AutoModel.from_pretrained(
+        source, dtype=getattr(torch, settings.dtype), trust_remote_code=False, use_safetensors=True
+    )
+    model = model.to(device).eval()
     positions = getattr(model.config, "max_position_embeddings", settings.max_tokens)
     if settings.max_tokens > positions:
         raise ValueError(f"max_tokens = {settings.max_tokens}, but the model has {positions} positions")
@@ -208,7 +214,12 @@ def _sentence_model(source: str, settings: EncoderSettings, device: torch.device
     import torch
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(source, device=str(device), model_kwargs={"dtype": getattr(torch, settings.dtype)})
+    model = SentenceTransformer(
+        source,
+        device=str(device),
+        trust_remote_code=False,
+        model_kwargs={"dtype": getattr(torch, settings.dtype), "use_safetensors": True},
+    )
     model.max_seq_length = min(settings.max_tokens, model.max_seq_length or settings.max_tokens)
 
     def embed(texts: list[str]) -> Vectors:

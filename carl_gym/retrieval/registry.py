@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from carl_gym.cards import load_card, make_card
+from carl_gym.cards import beside, find_card, load_card, make_card
 from carl_gym.errors import CardError
 from carl_gym.retrieval.builder import index_folder, open_or_build
 from carl_gym.retrieval.corpus import Corpus
@@ -31,8 +31,8 @@ class IndexCard:
         id: name of the recipe.
         description: one sentence for people.
         kind: one of `KINDS`, or the import path `package.module:Class` of a `Retriever`.
-        corpus: what to index when nothing else is said (`scripts/build_index.py`): a path; empty for recipes
-            that fit any corpus.
+        corpus: what to index when nothing else is said (`scripts/build_index.py`): a path (see `corpus_of`); empty for
+            recipes that fit any corpus.
         cache: keep the built index on disk; off for generated corpora, which take milliseconds to index.
         settings: what the retriever's `Settings` allow.
     """
@@ -64,6 +64,24 @@ def class_and_settings(card: IndexCard) -> tuple[type[Retriever], Any]:
     """What a recipe asks for: the class of its kind and an instance of the class's `Settings`. Raises CardError."""
     cls = retriever_class(card.kind)
     return cls, make_card(cls.Settings, card.settings, f"index card {card.id}, [settings]")
+
+
+def corpus_of(recipe: str) -> str:
+    """The corpus that a recipe names, "" where it names none.
+
+    A recipe in retrieval_index/ is the user's and may name any file. One that is given as a file may be a stranger's:
+    it names a corpus beside it, and cannot have another file of this machine indexed or served.
+
+    Args:
+        recipe: its name, or the path of its .toml file.
+
+    Raises:
+        CardError: no such recipe, or its corpus is outside of its folder.
+    """
+    corpus = load_card("retrieval_index", recipe, IndexCard).corpus
+    if corpus and recipe.endswith(".toml"):
+        return str(beside(find_card("retrieval_index", recipe), "corpus", corpus) or corpus)
+    return corpus
 
 
 def make_retriever(card: IndexCard | str, corpus: Corpus, progress: Progress = silent) -> Retriever:

@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast
 
 import orjson
 
+from carl_gym.api_key import check_no_password, key_advice, key_header
 from carl_gym.cards import bounded
 from carl_gym.errors import ConfigError, RetrievalError
+from carl_gym.harmless import visible
 from carl_gym.retrieval.corpus import Corpus, Passage
 from carl_gym.retrieval.retriever import Progress, Retriever, SearchResults, check_k, silent
 from carl_gym.retrieval.wire import CORPUS_HEADER, RETRIEVER_HEADER, clipped, passage_of
@@ -94,15 +96,17 @@ class Connection:
 
     Args:
         settings: with a URL.
+        trusted: whether the user named the server, and no card: it is then sent the API key (see `api_key`).
 
     Raises:
-        ConfigError: the URL is none.
+        ConfigError: the URL is none, or holds a password.
         RetrievalError: the server cannot be reached, or is no retrieval server.
     """
 
-    def __init__(self, settings: RemoteSettings) -> None:
+    def __init__(self, settings: RemoteSettings, *, trusted: bool = False) -> None:
         import httpx
 
+        check_no_password(settings.url)
         self.url = settings.url.strip().rstrip("/").removesuffix("/retrieve").rstrip("/")
         wrong = f"{settings.url!r} is no URL of a server; expected something like http://127.0.0.1:8000"
         try:
@@ -111,7 +115,7 @@ class Connection:
             raise ConfigError(f"{wrong} ({error})") from error
         if url.scheme not in ("http", "https") or not url.host or (url.port or 80) > 65535:
             raise ConfigError(wrong)
-        self.settings = settings
+        self.settings, self.trusted = settings, trusted
         self._clients: dict[int, httpx.Client] = {}
         self.info = self._identify()
 
@@ -197,7 +201,7 @@ class Connection:
         problem, pause = "", self.settings.backoff
         for attempt in range(self.settings.retries + 1):
             if attempt:
-                log.warning("%s%s: %s; attempt %d", self.url, path, problem, attempt + 1)
+                log.warning("%s%s: %s; attempt %d", self.url, path, visible(problem), attempt + 1)
                 time.sleep(min(pause, LONGEST_PAUSE))
             pause = self.settings.backoff * 2**attempt * random.uniform(1.0, 1.5)
             try:
@@ -217,7 +221,8 @@ class Connection:
                 self._check_identity(response, path)
             if status == 200 or (missing and status in (404, 405)):
                 return response
-            raise RetrievalError(f"{self.url}{path} answered with status {status}{_detail(response)}{_advice(status)}")
+            advice = f"; {key_advice(self.url, trusted=self.trusted)}" if status == 401 else _advice(status)
+            raise RetrievalError(f"{self.url}{path} answered with status {status}{_detail(response)}{advice}")
         raise RetrievalError(
             f"{self.url}{path} failed in all of {self.settings.retries + 1} attempts, at last with {problem}; is the "
             f"server running (scripts/serve_retrieval.py), and the URL right?"
@@ -259,7 +264,8 @@ class Connection:
 
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30.0)
             transport = DeadlineTransport(limits=limits, trust_env=False)
-            client = httpx.Client(timeout=self.settings.timeout, transport=transport, trust_env=False)
+            headers = key_header(self.url, trusted=self.trusted)
+            client = httpx.Client(timeout=self.settings.timeout, transport=transport, trust_env=False, headers=headers)
             weakref.finalize(self, client.close)  # also at exit
             client = self._clients.setdefault(os.getpid(), client)
         return client
@@ -421,7 +427,10 @@ class Remote(Retriever):
         if isinstance(corpus, RemoteCorpus) and corpus.connection.settings == settings:
             self.connection = corpus.connection
         else:
-            self.connection = Connection(settings)
+            named = corpus.connection if isinstance(corpus, RemoteCorpus) else None
+            self.connection = Connection(
+                settings, trusted=named is not None and named.trusted and named.settings.url == settings.url
+            )
         info = self.connection.info
         if (info.api == "carl" or isinstance(corpus, RemoteCorpus)) and info.corpus != corpus.fingerprint:
             raise RetrievalError(
@@ -493,7 +502,7 @@ def remote_corpus(url: str, **settings: Any) -> RemoteCorpus:
         ConfigError: the URL is none.
         RetrievalError: nobody answers there, or no retrieval server does.
     """
-    return RemoteCorpus(Connection(RemoteSettings(url, **settings)))
+    return RemoteCorpus(Connection(RemoteSettings(url, **settings), trusted=True))
 
 
 def _encodable(text: str) -> bool:

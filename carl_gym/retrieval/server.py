@@ -25,6 +25,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
+from carl_gym.api_key import KeyGate
 from carl_gym.errors import ConfigError, RetrievalError
 from carl_gym.retrieval.batching import Batcher
 from carl_gym.retrieval.corpus import Passage
@@ -80,13 +81,14 @@ class _ClientGone(Exception):
     """The client closed the connection before its request was complete."""
 
 
-def create_app(retriever: Retriever, limits: Limits | None = None, *, topk: int = 3) -> FastAPI:
+def create_app(retriever: Retriever, limits: Limits | None = None, *, topk: int = 3, api_key: str = "") -> FastAPI:
     """The server of a retriever and its corpus, an ASGI application.
 
     Args:
         retriever: searched by one thread at a time.
         limits: what is taken on.
         topk: passages per query for requests that do not say (Search-R1's default).
+        api_key: what every request but /healthz must show (see `api_key`); "" for none.
 
     Raises:
         ConfigError: `topk` is beyond the limits.
@@ -110,6 +112,7 @@ def create_app(retriever: Retriever, limits: Limits | None = None, *, topk: int 
     }
     app = _App(
         {path: _Endpoint(path, handle, service) for path, handle in handlers.items()},
+        api_key,
         title="carl-gym retrieval",
         description="\n\n".join(f"`POST {path}` {handle.__doc__}" for path, handle in handlers.items()),
         version=version("carl-gym"),
@@ -137,11 +140,15 @@ def create_app(retriever: Retriever, limits: Limits | None = None, *, topk: int 
 class _App(FastAPI):
     """FastAPI, but for a few paths that go straight to their endpoints: its layers would double what a search costs."""
 
-    def __init__(self, endpoints: Mapping[str, _Endpoint], **settings: Any) -> None:
+    def __init__(self, endpoints: Mapping[str, _Endpoint], api_key: str, **settings: Any) -> None:
         super().__init__(**settings)
         self._endpoints = endpoints
+        self._guarded = KeyGate(self._route, api_key) if api_key else self._route
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._guarded(scope, receive, send)
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self._endpoints.get(scope["path"]) if scope["type"] == "http" else None
         await (super().__call__ if endpoint is None else endpoint)(scope, receive, send)
 
@@ -394,7 +401,7 @@ def serve(
 
     Args:
         app: from `create_app`.
-        host: address to listen on; anyone who reaches it can search.
+        host: address to listen on; whoever reaches it can search, unless the application asks for a key.
         port: 0 for any that is free.
         grace: seconds that requests in flight get at the end.
         ready: called with the URL as soon as connections are accepted.

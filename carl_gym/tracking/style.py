@@ -30,6 +30,7 @@ STYLE = {
     "svg.hashsalt": "carl-gym",  # equal pictures are equal files
     "text.color": INK,
     "text.parse_math": False,  # a dollar sign in a question is a dollar sign
+    "text.usetex": False,  # whatever the user's matplotlibrc says: a question is no program for LaTeX
     "xtick.color": INK,
     "ytick.color": INK,
 }

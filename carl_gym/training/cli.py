@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from carl_gym.console import hide_model_bars, progress_bar, run_command, show_warnings
+from carl_gym.console import hide_model_bars, progress_bar, run_command, show_line, show_warnings, shown
 from carl_gym.errors import DataError
 from carl_gym.training.config import TrainConfig
 from carl_gym.training.config_file import read_options
@@ -62,25 +62,26 @@ def run(options: Options) -> None:
         for _ in trainer.run():
             pass
         return
-    console.print(
-        f"[bold]{config.algorithm}[/] trains agent [bold]{config.agent}[/] on {trainer.task.source}; "
+    show_line(
+        console,
+        f"{config.algorithm} trains agent {config.agent} on {trainer.task.source}; "
         f"evaluation: {len(trainer.eval_questions)} questions of {trainer.eval_task.source}",
-        highlight=False,
     )
     if trainer.task.is_mini:
-        console.print(f"[yellow]scores are those of the {trainer.task.label}[/]", highlight=False)
+        show_line(console, f"scores are those of the {trainer.task.label}", "yellow")
     with progress_bar(console, "steps") as bar:
         job = bar.add_task("training", total=config.steps, completed=trainer.progress.step)
         for metrics in trainer.run():
             bar.update(job, completed=int(metrics["step"]))
-            console.print(step_line(metrics), highlight=False, soft_wrap=True)
+            show_line(console, step_line(metrics))
     console.print(result_table([*stored, trainer.summary()]))
     places = [f"checkpoint, metrics and figures: {config.output_dir}", f"tracking: {trainer.tracker.ui_command}"]
     if trainer.profiler.steps:
         places.append(
             f"profile: {config.output_dir / TABLE_FILE}; open {config.output_dir / TRACE_FILE} at https://ui.perfetto.dev"
         )
-    console.print("\n".join(places), highlight=False, soft_wrap=True)
+    for place in places:
+        show_line(console, place)
 
 
 def step_line(metrics: Mapping[str, float]) -> str:
@@ -116,12 +117,12 @@ def result_table(summaries: Sequence[Mapping[str, object]]) -> Table:
     """Held-out scores before and after training, a column per run, with 95 % bootstrap intervals."""
     last = summaries[-1]
     table = Table(
-        title=f"Held-out results on {last['env']} ({last['eval_questions']} questions, {last['eval_source']})"
+        title=shown(f"Held-out results on {last['env']} ({last['eval_questions']} questions, {last['eval_source']})")
     )
     table.add_column("")
     for summary in summaries:
         same = all(summary.get(name) == last[name] for name in ("env", "eval_source", "eval_questions"))
-        table.add_column(str(summary["algorithm"]) + ("" if same else "\n(other questions!)"), justify="right")
+        table.add_column(shown(str(summary["algorithm"]) + ("" if same else "\n(other questions!)")), justify="right")
 
     def cell(summary: Mapping[str, object], when: str, name: str, low: str = "", high: str = "") -> str:
         values = summary[when]

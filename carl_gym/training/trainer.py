@@ -11,6 +11,7 @@ selection and weights are those of the whole step whatever the algorithm; then i
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import math
@@ -23,8 +24,9 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from carl_gym.agents.agent import load_agent
+from carl_gym.agents.agent import Agent, load_agent
 from carl_gym.agents.canary import TOLERANCES, Canary
+from carl_gym.agents.card import resolve
 from carl_gym.algorithms import token_weights
 from carl_gym.envs.state import Question
 from carl_gym.errors import CarlGymError, ConfigError
@@ -81,14 +83,7 @@ class Trainer:
         self.algorithm = config.make_algorithm()
         self.task, self.questions, self.eval_task, self.eval_questions = load_data(config)
         saved = self.ranks.agree(checkpoints(config.output_dir) if config.resume else [])
-        self.agent = load_agent(
-            str(saved[-1]) if saved else config.agent,
-            device=config.device or (str(self.ranks.device) if self.ranks.device else None),
-            backend=config.backend,
-            urls=config.urls,
-            tools=self.task.card.tools,
-            weights_dir=config.weights_dir,
-        )
+        self.agent = self._load_agent(str(saved[-1]) if saved else config.agent)
         if self.agent.model is None:
             raise ConfigError(
                 f"agent {config.agent!r} is hosted (backend {self.agent.card.backend}) and has no weights here to "
@@ -127,6 +122,26 @@ class Trainer:
         self.tracker = self._tracker() if self.ranks.is_main else None
         self.history: list[dict[str, float]] = self.ranks.agree(self._kept_history() if self.ranks.is_main else [])
         self.last_tree: CreditedTree | None = None
+
+    def _load_agent(self, name: str) -> Agent:
+        """This process' agent. Of several that use the same servers the main one hands them the weights."""
+        config, ranks = self.config, self.ranks
+        servers = (config.backend or resolve(name)[0].backend) == "vllm-server"
+        self._shares_servers = servers and ranks.count > 1
+        load = functools.partial(
+            load_agent,
+            name,
+            device=config.device or (str(ranks.device) if ranks.device else None),
+            backend=config.backend,
+            urls=config.urls,
+            tools=self.task.card.tools,
+            weights_dir=config.weights_dir or (config.output_dir / "weights" if self._shares_servers else None),
+        )
+        if not self._shares_servers:
+            return load()
+        first = load() if ranks.is_main else None
+        label = ranks.agree(first.label if first else "")
+        return first or load(follow=label)
 
     def run(self) -> Iterator[dict[str, float]]:
         """Train to the end of the budget; yields the metrics of every step after logging them.
@@ -279,8 +294,15 @@ class Trainer:
 
     def _sync(self) -> dict[str, float]:
         """Hand the new weights to the policy, and make sure that they arrived."""
-        self.agent.sync(self.learner.weights() if self.ranks.sharded else None)
-        self.ranks.wait()  # servers must have the weights before any process asks them
+        weights = self.learner.weights() if self.ranks.sharded else None
+        if self._shares_servers:
+            if self.ranks.is_main:
+                self.agent.sync(weights)
+            label = self.ranks.agree(self.agent.label)
+            if not self.ranks.is_main:
+                self.agent.follow(label)
+        else:
+            self.agent.sync(weights)
         if self.canary is None:
             return {}
         return {"update/canary_gap": self.canary.check(self.agent.policy, self.learner.model)}
