@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import launch
 from rank_worker import train
 from safetensors.torch import load_file
 from training_runs import arguments, config, last_checkpoint, metrics, weights
@@ -26,15 +24,6 @@ from carl_gym.training.trainer import Trainer
 TESTS = Path(__file__).parent
 TRAIN = TESTS.parent / "scripts" / "train_carl.py"
 STEPS = 5
-
-
-def launch(processes: int, *command: object, sharded: bool = False) -> None:
-    """Run a program in that many connected processes, as `torchrun` does, and `accelerate launch` with it."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
-    environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if sharded else {}
-    done = subprocess.run([*run, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr.partition("Root Cause")[0][-6000:]
 
 
 @pytest.fixture(scope="module")

@@ -231,10 +231,47 @@ def test_a_server_that_comes_back_as_another_is_refused(what: str) -> None:
     other = BM25(towns(seed=5)) if what == "corpus" else BM25(CORPUS, BM25Settings(k1=2.0))
     with serving(create_app(other), port=port):
         for attempt in (lambda: remote.search(["kabel"], 3), lambda: corpus["t250"], lambda: corpus.by_title("Town 9")):
-            with pytest.raises(RetrievalError, match=f"{what} has changed"):
+            with pytest.raises(RetrievalError, match=f"{what} is not the one"):
                 attempt()
     with serving(create_app(DIRECT), port=port):
         assert remote.search(["kabel"], 3) == DIRECT.search(["kabel"], 3)
+
+
+def test_several_servers_share_the_work_and_do_each_other_s() -> None:
+    counts = [0, 0]
+
+    def counted(app, number):
+        async def count(scope, receive, send):
+            counts[number] += scope["type"] == "http" and scope["path"] == "/retrieve"
+            await app(scope, receive, send)
+
+        return count
+
+    expected = DIRECT.search(["kabel", "north"], 3)
+    with serving(counted(create_app(DIRECT), 0)) as one:
+        with serving(counted(create_app(DIRECT), 1)) as two:
+            corpus = remote_corpus(f"{one},{two}", backoff=20.0)
+            remote = Remote.build(corpus)
+            for _ in range(10):
+                assert remote.search(["kabel", "north"], 3) == expected
+            assert counts == [5, 5]
+            copied = pickle.loads(pickle.dumps(remote))
+        started = time.monotonic()
+        for retriever in (remote, copied):  # half of their requests would go to the one that is gone
+            for _ in range(4):
+                assert retriever.search(["kabel", "north"], 3) == expected
+        assert counts == [13, 5]
+        assert time.monotonic() - started < 15, "no pause while another server is up"
+
+
+def test_a_server_of_other_passages_among_several_is_refused() -> None:
+    with serving(create_app(DIRECT)) as one, serving(create_app(BM25(towns(seed=5)))) as two:
+        remote = Remote.build(remote_corpus(f"{one},{two}"))
+        with pytest.raises(RetrievalError, match=r"corpus is not the one that we connected to"):
+            for _ in range(2):
+                remote.search(["kabel"], 3)
+    with pytest.raises(ConfigError, match="names a server twice"):
+        remote_corpus(f"{one}, {one}/retrieve")
 
 
 INFO = {

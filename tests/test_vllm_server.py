@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import launch
+from training_runs import arguments, metrics
 from transformers import PreTrainedModel
 from vllm_toys import CONTEXT, TAGS, gap, optimiser_step, requests, save_model
 
@@ -36,6 +38,7 @@ from carl_gym.rollouts import RootExplorer, collect
 EOS = {TAGS.eos_token_id}
 TOLERANCE = 1e-4  # nats
 START_SECONDS = 240
+TRAIN = Path(__file__).parent.parent / "scripts" / "train_carl.py"
 
 
 class Server:
@@ -245,3 +248,21 @@ def test_the_command_line_says_what_it_would_run() -> None:
     assert "--port 1234 --dtype float32 --logprobs-mode processed_logprobs" in done.stdout
     assert done.stdout.strip().endswith("--seed 3")
     assert vllm_engine.WORKER_EXTENSION in done.stdout
+
+
+def test_two_training_processes_share_the_servers(served: tuple[Path, list[Server]], tmp_path: Path) -> None:
+    """The first process hands weights over, the second one samples from them; a run of one process does the same."""
+    folder, servers = served
+    options = {
+        "backend": "vllm-server", "algorithm": "carl-lite", "forks": 3, "steps": 2, "questions_per_step": 4,
+        "learning_rate": 1e-6, "train_questions": 8, "eval_questions": 4, "eval_every": 2, "device": "cpu",
+    }  # fmt: skip
+    urls = ["--urls", *(server.url for server in servers)]
+    for processes in (1, 2):
+        launch(processes, TRAIN, *arguments(folder, tmp_path / f"of-{processes}", **options), *urls)
+    one, two = metrics(tmp_path / "of-1"), metrics(tmp_path / "of-2")
+    for row in two[1:]:
+        assert row["update/canary_gap"] < TOLERANCE
+    for name in ("actions_generated", "actions_trained", "rollout/tokens"):
+        assert [row.get(name) for row in one] == [row.get(name) for row in two]
+    assert len(list((tmp_path / "of-2" / "weights").iterdir())) == 2, "one process publishes, and keeps the last two"

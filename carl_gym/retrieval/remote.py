@@ -43,6 +43,8 @@ LONGEST_PAUSE = 30.0
 """Seconds between two attempts at most, whatever the server asks for."""
 KEPT_PASSAGES = 50_000
 """Passages that a `RemoteCorpus` remembers: what a search brought is mostly what is opened next."""
+REST = 5.0
+"""Seconds for which a server that failed is left alone, where there are others."""
 TITLE_CANDIDATES = 20
 """How far down the results for a title a passage with that title is looked for, where there is no /titles."""
 
@@ -52,7 +54,8 @@ class RemoteSettings:
     """What a remote recipe may set.
 
     Attributes:
-        url: of the server, such as http://127.0.0.1:8000; a trailing /retrieve is ignored. Empty: the corpus' own.
+        url: of the server, such as http://127.0.0.1:8000; a trailing /retrieve is ignored. Several, with commas between
+            them, share the work, and one that fails is left alone for a while. Empty: the corpus' own.
         timeout: seconds for an attempt as a whole, from connecting to the last byte (see `deadline`).
         retries: attempts after the first, on connection errors, timeouts and statuses 502, 503 and 504.
         backoff: seconds before the second attempt; doubled each time, with jitter, and at least what the server's
@@ -89,7 +92,8 @@ class ServerInfo:
 
 
 class Connection:
-    """Requests to one server: pooled connections, retries, and a check that it is still the same server.
+    """Requests to a server, or to several that serve the same: pooled connections, retries, and a check that each of
+    them still serves what the first one did.
 
     Threads may share it; forked processes get connections of their own, and so do copies by pickle. Proxies that the
     environment names are not used: a retrieval server is near.
@@ -106,22 +110,29 @@ class Connection:
     def __init__(self, settings: RemoteSettings, *, trusted: bool = False) -> None:
         import httpx
 
-        check_no_password(settings.url)
-        self.url = settings.url.strip().rstrip("/").removesuffix("/retrieve").rstrip("/")
-        wrong = f"{settings.url!r} is no URL of a server; expected something like http://127.0.0.1:8000"
-        try:
-            url = httpx.URL(self.url)
-        except httpx.InvalidURL as error:
-            raise ConfigError(f"{wrong} ({error})") from error
-        if url.scheme not in ("http", "https") or not url.host or (url.port or 80) > 65535:
-            raise ConfigError(wrong)
+        given = settings.url.split(",")
+        self._urls = [one.strip().rstrip("/").removesuffix("/retrieve").rstrip("/") for one in given]
+        for name, one in zip(given, self._urls, strict=True):
+            check_no_password(name)
+            wrong = f"{name!r} is no URL of a server; expected something like http://127.0.0.1:8000"
+            try:
+                url = httpx.URL(one)
+            except httpx.InvalidURL as error:
+                raise ConfigError(f"{wrong} ({error})") from error
+            if url.scheme not in ("http", "https") or not url.host or (url.port or 80) > 65535:
+                raise ConfigError(wrong)
+        if len(set(self._urls)) < len(self._urls):
+            raise ConfigError(f"{settings.url!r} names a server twice; name each once")
+        self.url = ",".join(self._urls)
+        self._failed = dict.fromkeys(self._urls, 0.0)  # until when each is left alone
+        self._turn = random.randrange(len(self._urls))  # so that processes which start together part
         self.settings, self.trusted = settings, trusted
         self._clients: dict[int, httpx.Client] = {}
         self.info = self._identify()
 
     def __getstate__(self) -> dict[str, Any]:
         # What the server was like goes along: a copy refuses a server that has changed meanwhile.
-        return self.__dict__ | {"_clients": {}}
+        return self.__dict__ | {"_clients": {}, "_failed": dict.fromkeys(self._urls, 0.0)}
 
     def post(self, path: str, request: Mapping[str, object], count: int) -> list[Any]:
         """The `result` list of a request, whose length must be `count`. Raises RetrievalError."""
@@ -169,6 +180,11 @@ class Connection:
             if response.status_code == 200:
                 return self._described(self._json(response, "/info"))
             log.warning("%s has no /info: taken for a Search-R1 server", self.url)
+        if len(self._urls) > 1:
+            raise ConfigError(
+                f"{self.url}: only servers that say what they serve can share the work (scripts/serve_retrieval.py); "
+                "Search-R1's do not, and different passages would pass unnoticed. Name one of them"
+            )
         name = blake2b(self.url.encode(), digest_size=16).hexdigest()
         return ServerInfo("search-r1", name, name, 0, 256, {})
 
@@ -200,35 +216,46 @@ class Connection:
         content = None if request is None else orjson.dumps(request)
         problem, pause = "", self.settings.backoff
         for attempt in range(self.settings.retries + 1):
+            url, is_up = self._next()
             if attempt:
-                log.warning("%s%s: %s; attempt %d", self.url, path, visible(problem), attempt + 1)
-                time.sleep(min(pause, LONGEST_PAUSE))
+                log.warning("%s: attempt %d, at %s%s", visible(problem), attempt + 1, url, path)
+                if not is_up or len(self._urls) == 1:
+                    time.sleep(min(pause, LONGEST_PAUSE))
             pause = self.settings.backoff * 2**attempt * random.uniform(1.0, 1.5)
             try:
-                response = self._client().request(
-                    method, self.url + path, content=content, headers={"content-type": "application/json"}
-                )
+                headers = {"content-type": "application/json", **key_header(url, trusted=self.trusted)}
+                response = self._client().request(method, url + path, content=content, headers=headers)
             except (httpx.TransportError, httpx.DecodingError) as error:
-                problem = f"{type(error).__name__}: {error}"
+                problem = f"{url}{path}: {type(error).__name__}: {error}"
+                self._failed[url] = time.monotonic() + REST
                 continue
             status = response.status_code
             if status in RETRIED_STATUSES:
-                problem = f"status {status}{_detail(response)}"
+                problem = f"{url}{path}: status {status}{_detail(response)}"
+                self._failed[url] = time.monotonic() + REST
                 asked = response.headers.get("retry-after", "")
                 pause = max(pause, float(asked) if asked.isdecimal() else 0.0)
                 continue
             if known:
-                self._check_identity(response, path)
+                self._check_identity(response, url, path)
             if status == 200 or (missing and status in (404, 405)):
                 return response
-            advice = f"; {key_advice(self.url, trusted=self.trusted)}" if status == 401 else _advice(status)
-            raise RetrievalError(f"{self.url}{path} answered with status {status}{_detail(response)}{advice}")
+            advice = f"; {key_advice(url, trusted=self.trusted)}" if status == 401 else _advice(status)
+            raise RetrievalError(f"{url}{path} answered with status {status}{_detail(response)}{advice}")
         raise RetrievalError(
             f"{self.url}{path} failed in all of {self.settings.retries + 1} attempts, at last with {problem}; is the "
             f"server running (scripts/serve_retrieval.py), and the URL right?"
         )
 
-    def _check_identity(self, response: httpx.Response, path: str) -> None:
+    def _next(self) -> tuple[str, bool]:
+        """Whose turn it is, and whether it is up as far as we know; the one that failed first where none is."""
+        self._turn += 1
+        now = time.monotonic()
+        order = [self._urls[(self._turn + i) % len(self._urls)] for i in range(len(self._urls))]
+        chosen = next((url for url in order if self._failed[url] <= now), None)
+        return (chosen, True) if chosen else (min(order, key=lambda url: self._failed[url]), False)
+
+    def _check_identity(self, response: httpx.Response, url: str, path: str) -> None:
         """A server restarted with other passages, or another way to rank them, is not the one that we began with."""
         if self.info.api != "carl":
             return
@@ -240,8 +267,8 @@ class Connection:
                     self.fail(path, f"the header {header} is missing; another server answers at this address")
             elif found != expected:
                 raise RetrievalError(
-                    f"{self.url}{path}: the server's {what} has changed since we connected (fingerprint {found}, "
-                    f"before {expected}); results would not compare. Start it with the old {what} again, or make the "
+                    f"{url}{path}: the server's {what} is not the one that we connected to (fingerprint {found}, "
+                    f"before {expected}); results would not compare. Start it with that {what}, or make the "
                     f"environment anew"
                 )
 
@@ -264,8 +291,7 @@ class Connection:
 
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30.0)
             transport = DeadlineTransport(limits=limits, trust_env=False)
-            headers = key_header(self.url, trusted=self.trusted)
-            client = httpx.Client(timeout=self.settings.timeout, transport=transport, trust_env=False, headers=headers)
+            client = httpx.Client(timeout=self.settings.timeout, transport=transport, trust_env=False)
             weakref.finalize(self, client.close)  # also at exit
             client = self._clients.setdefault(os.getpid(), client)
         return client
