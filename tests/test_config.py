@@ -111,6 +111,9 @@ def test_a_run_is_resumed_with_the_same_settings_or_ones_that_change_no_result(t
         "tracking_uri": "sqlite:///other.db",
         "urls": ("http://127.0.0.1:1",),
         "weights_dir": tmp_path,
+        "keep": 5,
+        "gradient_checkpointing": True,
+        "hang_seconds": 60.0,
     }
     again = dataclasses.replace(config, **changes)
     assert set(changes) == set(MAY_CHANGE)

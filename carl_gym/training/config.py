@@ -20,7 +20,16 @@ from carl_gym.rollouts import Schedule
 Packing = Literal["tree", "rows"]
 
 CONFIG_FILE = "config.json"
-MAY_CHANGE = ("resume", "threads", "tracking_uri", "urls", "weights_dir", "keep", "gradient_checkpointing")
+MAY_CHANGE = (
+    "resume",
+    "threads",
+    "tracking_uri",
+    "urls",
+    "weights_dir",
+    "keep",
+    "gradient_checkpointing",
+    "hang_seconds",
+)
 """Settings that a resumed run may give anew: they do not change what it computes."""
 
 
@@ -104,6 +113,8 @@ class TrainConfig:
     """Optimiser steps in a row that are skipped because loss or gradient is not finite, before the run gives up."""
     seed: int = 0
     """Of all random numbers."""
+    hang_seconds: float = 1800.0
+    """After so long in one phase of a step a process says which, and where it is."""
     gradient_checkpointing: bool = False
     """Compute activations again on the way back instead of keeping them: slower, and room for longer rows."""
     bf16: bool = False
@@ -138,7 +149,7 @@ class TrainConfig:
         for name in ("max_actions", "curve_questions", "eval_actions", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1 where it is given, not {value}")
-        for name in ("learning_rate", "temperature", "max_grad_norm"):
+        for name in ("learning_rate", "temperature", "max_grad_norm", "hang_seconds"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be a number above 0, not {getattr(self, name)}")
         for name, known in (("schedule", get_args(Schedule)), ("packing", get_args(Packing))):

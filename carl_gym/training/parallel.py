@@ -43,9 +43,7 @@ def spread(module: LogprobModel, ranks: Ranks, compute: torch.dtype | None = Non
         )
     if not ranks.sharded:
         on_gpu = ranks.device is not None and ranks.device.type == "cuda"
-        return nn.parallel.DistributedDataParallel(
-            module, device_ids=[ranks.device] if on_gpu else None, broadcast_buffers=False
-        )
+        return nn.parallel.DistributedDataParallel(module, device_ids=[ranks.device] if on_gpu else None)
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

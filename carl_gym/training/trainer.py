@@ -49,6 +49,7 @@ from carl_gym.training.questions import load_data, questions_within, take_questi
 from carl_gym.training.ranks import launched
 from carl_gym.training.scores import TreeScores
 from carl_gym.training.segments import Row, rows, segments
+from carl_gym.training.watchdog import Watchdog
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -118,6 +119,7 @@ class Trainer:
         self._saved = self.progress.step
         self._bad = self._not_finite = 0  # optimiser steps that were not finite: in a row, and in all
         self.preemption = Preemption()
+        self.watchdog = Watchdog(f"process {self.ranks.index} of {self.ranks.count}", config.hang_seconds)
         self.canary = None if self.agent.shares_weights else self._canary()
         self.tracker = self._tracker() if self.ranks.is_main else None
         self.history: list[dict[str, float]] = self.ranks.agree(self._kept_history() if self.ranks.is_main else [])
@@ -148,7 +150,7 @@ class Trainer:
 
         Step 0 is the evaluation before training. Leaves metrics, figures, checkpoints and a summary behind.
         """
-        with self.tracker or nullcontext(), self._profiled(), self.preemption.watched():
+        with self.tracker or nullcontext(), self._profiled(), self.preemption.watched(), self.watchdog.watching():
             if not self.history:
                 with self.profiler.step(0):
                     logged = self._log({"step": 0, **self._evaluate()})
@@ -158,8 +160,14 @@ class Trainer:
                     logged = self._step()
                 yield logged
             if self.tracker is not None:
-                with self.profiler.span("figures and artifacts"):
+                with self._phase("figures and artifacts"):
                     self._finish(self.tracker)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Part of a step, for profile and watchdog."""
+        with self.watchdog.phase(name), self.profiler.span(name):
+            yield
 
     @contextmanager
     def _profiled(self) -> Iterator[None]:
@@ -188,7 +196,7 @@ class Trainer:
         logged = self._log(metrics)
         (ends,) = self.ranks.largest(self.preemption.requested)
         if self.progress.step % self.config.save_every == 0 or self._done() or ends:
-            with self.profiler.span("checkpoint"):
+            with self._phase("checkpoint"):
                 self._save()
         if ends and not self._done():
             raise Preempted
@@ -239,7 +247,7 @@ class Trainer:
         questions = take_questions(self.questions, step - 1, self.config.questions_per_step, self.config.seed)
         questions = questions[: questions_within(self.progress, self.config)]
         alone = self.ranks.count == 1  # else the others would wait for this process
-        with self.profiler.span("rollout"), self.preemption.droppable() if alone else nullcontext():
+        with self._phase("rollout"), self.preemption.droppable() if alone else nullcontext():
             trees = collect(
                 self.task,
                 self.agent.policy,
@@ -253,7 +261,7 @@ class Trainer:
                 schedule=self.config.schedule,
             )
         collected = time.perf_counter()
-        with self.profiler.span("credit and selection"):
+        with self._phase("credit and selection"):
             self.scores.measure(trees)
             trees = self.ranks.gather(trees)
             credited = [
@@ -261,11 +269,11 @@ class Trainer:
                 for parts in zip(trees, self.algorithm.credit(trees), self.algorithm.selection(trees), strict=True)
             ]
         cuts = [len(credited) * i // self.config.minibatches for i in range(self.config.minibatches + 1)]
-        with self.profiler.span("update"), self.agent.resting():
+        with self._phase("update"), self.agent.resting():
             updates = [self._update(credited, start, end) for start, end in itertools.pairwise(cuts)]
             learned = self.scores.learn(trees, cuts)
         updated = time.perf_counter()
-        with self.profiler.span("sync"):
+        with self._phase("sync"):
             gap = self._sync()
         ended = time.perf_counter()
         self.last_tree = max(credited, key=lambda c: (np.ptp(c.advantages) > 0, c.tree.question.id))
@@ -361,7 +369,7 @@ class Trainer:
         questions = self.eval_questions if self._done() else self.eval_questions[: self.config.curve_questions]
         for name, temperature in (("sampled", self.config.temperature), ("greedy", 0.0)):
             if self.eval_questions:
-                with self.profiler.span("evaluation"):
+                with self._phase("evaluation"):
                     episodes = self._play(questions, temperature)
                 found |= summarise(episodes).metrics(f"eval/{name}")
                 by_question["questions"] = [e.question_id for e in episodes]
@@ -386,7 +394,7 @@ class Trainer:
         self.history.append(metrics)
         if self.tracker is None:
             return metrics
-        with self.profiler.span("logging"):
+        with self._phase("logging"):
             # MLflow first: after a kill, a step that only MLflow has is done again; step 0 of the file would not be.
             self.tracker.log_step(step, {name: value for name, value in metrics.items() if name != "step"})
             with (self.config.output_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
