@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 from training_runs import STEPS, arguments, config, last_checkpoint, metrics, same_training, without_times
 
 from carl_gym.agents.agent import load_agent
-from carl_gym.errors import CarlGymError
+from carl_gym.errors import CarlGymError, DataError
 from carl_gym.training.checkpoints import checkpoints
 from carl_gym.training.learner import Learner
 from carl_gym.training.preemption import EXIT_CODE, Preempted, Preemption
@@ -142,6 +144,35 @@ def test_too_many_in_a_row_end_the_run(tiny_agent_folder, tmp_path, monkeypatch)
     ):
         list(trainer.run())
     assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 1, 2]
+
+
+# -- a full disk -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "trainer.pt"])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
+    file, tiny_agent_folder, tmp_path, whole, monkeypatch
+):
+    trainer = Trainer(config(tiny_agent_folder, tmp_path / "run"))
+    run, save = trainer.run(), Trainer._save
+    assert len(list(itertools.islice(run, 3))) == 3  # step 2 is saved
+
+    def save_on_a_full_disk(self: Trainer) -> None:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        largest = (last_checkpoint(tmp_path / "run") / file).stat().st_size - 1000  # larger files cannot be written
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+        try:
+            save(self)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr(Trainer, "_save", save_on_a_full_disk)
+    with pytest.raises(DataError, match=r"step-000004 cannot be written \(.*--resume"):
+        list(run)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+    monkeypatch.undo()
+    list(Trainer(config(tiny_agent_folder, tmp_path / "run", resume=True)).run())
+    assert same_training(tmp_path / "run", whole)
 
 
 # -- what is kept ----------------------------------------------------------------------------------

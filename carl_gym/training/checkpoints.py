@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from carl_gym.agents.agent import Agent
 from carl_gym.errors import DataError
@@ -104,13 +105,23 @@ def save_best(
 
 @contextmanager
 def _whole_or_absent(final: Path) -> Iterator[Path]:
-    """A folder to write into, which takes its place once everything in it is on the disk."""
+    """A folder to write into, which takes its place once everything in it is on the disk.
+
+    Raises:
+        DataError: it cannot be written; then nothing of it is left, and what was there before still is.
+    """
     partial = final.with_name(f".partial-{final.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    for path in [*partial.iterdir(), partial]:
-        _flush(path)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in [*partial.iterdir(), partial]:
+            _flush(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # as Python, torch and safetensors put a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise DataError(
+            f"{final} cannot be written ({error}). Make room, and go on from the checkpoint before with --resume"
+        ) from error
     if final.exists():
         shutil.rmtree(final)
     os.replace(partial, final)
