@@ -11,19 +11,19 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from carl_gym.benchmark.arms import EQUAL, Arm, assignments, parse_arms
+from carl_gym.benchmark.arms import EQUAL, FOR_ALL, Arm, assignments, parse_arms, rate_of
 from carl_gym.benchmark.figures import draw_curves
 from carl_gym.benchmark.plan import Plan
 from carl_gym.benchmark.records import Records, start_fingerprint
 from carl_gym.benchmark.report import full_report, provenance
 from carl_gym.benchmark.results import collect_results
-from carl_gym.benchmark.rise import CONTROL, rise_table, with_controls
+from carl_gym.benchmark.rise import CONTROL, control_name, rise_table, with_controls
 from carl_gym.benchmark.runner import Outcome, check_questions, run_cells
 from carl_gym.console import run_command, show_line
 from carl_gym.errors import ConfigError
 
 MINIWIKI = "MiniWiki-v0"
-UNBOUNDED = 1_000_000
+UNBOUNDED = NEVER = 1_000_000
 """Steps, where the budget of actions is what ends a run."""
 USUAL_REFERENCES = ("grpo", "carl-lite")
 RISE_STEPS, RISE_QUESTIONS_PER_STEP = 50, 4
@@ -161,7 +161,7 @@ def make_plan(options: Options) -> Plan:
     rates = options.rates or ((3e-4,) if options.rise else (1e-4, 3e-4, 1e-3))
     search_args = options.search_args
     if search_args is None:
-        if not is_miniwiki and len(rates) > 1:
+        if not is_miniwiki and len(rates) > 1 and any(rate_of(arm, {a.name: a for a in arms}) is arm for arm in arms):
             raise ConfigError(
                 f"--search-args: say what sets the questions for choosing a learning rate apart in {options.env}, such "
                 "as source_split=train; or give a single rate in --rates"
@@ -169,7 +169,7 @@ def make_plan(options: Options) -> Plan:
         search_args = ("world=1",)
     env_args = options.env_args if options.env_args is not None else ("hops=[2,3,4]",) if is_miniwiki else ()
     extra = assignments(options.settings)
-    if fixed := [name for name in extra if name in EQUAL]:
+    if fixed := [name for name in extra if name in EQUAL and name not in FOR_ALL]:
         raise ConfigError(f"--settings {fixed[0]}: use the benchmark's own options for it")
     shared: dict[str, object] = {
         "env": options.env,
@@ -181,6 +181,7 @@ def make_plan(options: Options) -> Plan:
         "eval_questions": options.eval_questions or (300 if options.rise else 1000),
         "threads": options.threads,
         "save_every": 2,
+        "bad_updates": NEVER,  # a run that diverges is scored like any other
     }
     search: dict[str, object] = {
         "eval_args": merged(options.eval_args, search_args),
@@ -213,7 +214,8 @@ def seeds_by_arm(arms: Sequence[Arm], usual: int, others: Sequence[str]) -> dict
         name, _, number = item.rpartition("=")
         if name not in seeds or not number.isdigit():
             raise ConfigError(f"--seeds-of {item}: expected ARM=NUMBER with one of the arms {', '.join(seeds)}")
-        seeds[name] = int(number)
+        for same in {name, control_name(name)} & seeds.keys():  # a control is compared with its arm
+            seeds[same] = int(number)
     return seeds
 
 

@@ -116,3 +116,9 @@ def test_shuffling_keeps_the_advantages_and_forgets_whose_they_are():
     assert (trained(control.credit(trees)) == shuffled).all()  # the same draw for the same trees
     for advantage, mask in zip(control.credit(trees), selected, strict=True):
         assert not advantage[~mask].any()
+
+
+@pytest.mark.parametrize("settings", [{"forks": 0}, {"forks": 0, "initial": 1, "root": "merged"}])
+def test_a_tree_without_siblings_is_refused(settings):
+    with pytest.raises(ConfigError, match="forks=0 has no siblings to compare"):
+        get_algorithm("carl", **settings)

@@ -153,7 +153,7 @@ def test_rates_that_are_given_or_shared_are_not_searched(tmp_path):
     [
         (["grpo:forks=3"], {}, "arm grpo:forks=3: unknown setting 'forks' of algorithm 'grpo'"),
         (["grpo:rolouts=3"], {}, "arm grpo:rolouts=3: unknown setting 'rolouts'"),
-        (["grpo:minibatches=many"], {}, "arm grpo:minibatches=many: a training option has a value of the wrong kind"),
+        (["grpo:minibatches=many"], {}, "arm grpo:minibatches=many: minibatches must be at least 1, not 'many'"),
         (["gripo"], {}, "unknown algorithm 'gripo'"),
         (["grpo"], {"search_seeds": (1,)}, "seed 1 is a seed of the search and a final one"),
         (["grpo"], {"search_seeds": ()}, "needs at least one search seed"),

@@ -114,6 +114,10 @@ def test_a_run_is_resumed_with_the_same_settings_or_ones_that_change_no_result(t
         "keep": 5,
         "gradient_checkpointing": True,
         "hang_seconds": 60.0,
+        "output_dir": tmp_path / "." / "run",
+        "bad_updates": 9,
+        "save_every": 3,
+        "keep_best": True,
     }
     again = dataclasses.replace(config, **changes)
     assert set(changes) == set(MAY_CHANGE)
@@ -157,3 +161,9 @@ def test_writing_json_leaves_the_old_file_when_it_fails(tmp_path):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("name", ["shuffle_advantages", "bf16", "keep_best"])
+def test_what_is_neither_true_nor_false_is_refused(name):
+    with pytest.raises(ConfigError, match=f"{name} must be true or false, not 'off'"):
+        TrainConfig(**{name: "off"})

@@ -15,6 +15,7 @@ from carl_gym.algorithms.credit import (
 )
 from carl_gym.algorithms.selection import Reduction, below_a_fork, forked_states
 from carl_gym.algorithms.settings import require_word
+from carl_gym.errors import ConfigError
 from carl_gym.rollouts.explorers import EntropyForking, EntropyMeasure, RandomForking, RootRecord
 
 ForkBy = Literal["entropy", "token-sum", "exact-entropy", "random"]
@@ -87,6 +88,11 @@ def carl(
         ("update", update, get_args(Update)),
     ):
         require_word(name, value, known)
+    if forks == 0 and (root == "separate" or initial == 1):
+        raise ConfigError(
+            "carl with forks=0 has no siblings to compare, and so nothing to train on; give at least 1, or root=merged "
+            "with an initial of 2 or more"
+        )
     sizes = initial, forks, forks_per_round, root
     measures: dict[ForkBy, EntropyMeasure] = {"entropy": "mean", "token-sum": "sum", "exact-entropy": "exact"}
     credit = CREDITS[advantage]

@@ -25,6 +25,8 @@ EQUAL = (
     "weights_dir",
 )  # fmt: skip
 """What an arm may not set: the benchmark does, for all alike."""
+FOR_ALL = ("experiment", "device", "urls", "weights_dir")
+"""Of these, what `--settings` sets."""
 
 _CONTINUES = re.compile(r"\w+=")
 

@@ -18,7 +18,7 @@ from carl_gym.training.config import MAY_CHANGE, TrainConfig
 
 Phase = Literal["search", "final"]
 
-UNCOUNTED = (*MAY_CHANGE, "output_dir", "experiment", "save_every", "device")
+UNCOUNTED = (*MAY_CHANGE, "experiment", "device")
 """Options in which two runs may differ and still be the same cell."""
 
 
@@ -100,14 +100,14 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.rates or len(set(self.rates)) < len(self.rates):
             raise ConfigError(f"the learning rates are {list(self.rates)}: give at least one, and each once")
-        if len(self.rates) > 1 and not self.search_seeds:
+        if self.searches and not self.search_seeds:
             raise ConfigError("a search among learning rates needs at least one search seed")
         if len(set(self.search_seeds)) < len(self.search_seeds):
             raise ConfigError(f"the search seeds are {list(self.search_seeds)}: give each once")
         final = range(max(self.seeds.values()))
         if min(self.seeds.values()) < 1:
             raise ConfigError(f"every arm needs at least 1 seed, not {dict(self.seeds)}")
-        if len(self.rates) > 1 and (both := [seed for seed in self.search_seeds if seed in final]):
+        if self.searches and (both := [seed for seed in self.search_seeds if seed in final]):
             raise ConfigError(f"seed {both[0]} is a seed of the search and a final one; search on other seeds")
         for arm in self.arms:
             self.cell(arm, "final", self.rates[0], 0)  # raises on settings that do not exist
@@ -183,6 +183,11 @@ class Plan:
     def size(self) -> int:
         """Number of cells, those included whose learning rate is not chosen yet."""
         return sum(len(self.search_cells(arm)) + self.seeds[arm.name] for arm in self.arms)
+
+    @property
+    def searches(self) -> bool:
+        """Whether any arm's learning rate is chosen among several."""
+        return len(self.rates) > 1 and any(rate_of(arm, self._by_name) is arm for arm in self.arms)
 
     @property
     def _by_name(self) -> dict[str, Arm]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 
 from carl_gym.agents.card import resolve
 from carl_gym.benchmark.cell_process import BEFORE_FILE
@@ -117,15 +118,19 @@ class Records:
         return None if record is None else record.last("sampled_em")
 
     def add(self, record: Record) -> None:
-        """Append a record to the file, after cutting off a line that a kill left half written."""
+        """Append a record to the file, after cutting off a line that a kill left half written; once, whoever else adds
+        it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
+        with FileLock(self.path.with_name(f".{self.path.name}.lock")), self.path.open("a+b") as file:
+            self.reload()
+            if record.key in self._by_key:
+                return
             file.seek(0)
             content = file.read()
             if not content.endswith(b"\n"):
                 file.truncate(content.rfind(b"\n") + 1)
             file.write(json.dumps(asdict(record), ensure_ascii=False).encode() + b"\n")
-        self._by_key.setdefault(record.key, record)
+            self._by_key[record.key] = record
 
 
 def read_records(path: Path) -> list[Record]:

@@ -41,7 +41,7 @@ def provenance(plan: Plan, records: Sequence[Record], command: str) -> str:
         f"- Machine: {'; '.join(machines(records)) or 'none yet'}",
         f"- All arms: {shared}",
     ]
-    if len(plan.rates) > 1:
+    if plan.searches:
         searched = ", ".join(f"{name} = {_plain(value)}" for name, value in plan.search.items())
         lines.append(
             f"- Learning rate: the best mean final sampled EM over seeds {_plain(plan.search_seeds)}, out of "
@@ -165,9 +165,9 @@ def full_report(
     parts.append(
         "## Held-out scores\n\nMeans over seeds and questions at the end of training, in %. Intervals of EM: bootstrap "
         "over seeds and questions; of the interquartile mean: over seeds. Actions, tokens, steps and minutes are means "
-        "over seeds; minutes are those of rollouts and updates, tokens through updates those of learning alone. A run "
-        "ends with the first step that reaches its budget, and a step takes more actions with one algorithm than with "
-        "another: see actions generated. Before training: on the questions of the curves."
+        "over seeds; minutes are those of rollouts and updates, tokens through updates those of learning alone. The "
+        "last two steps of a run are made as small as what is left of its budget, so it overruns by little: see "
+        "actions generated. Before training: on the questions of the curves."
     )
     budget = plan.shared.get("max_actions")
     budget = budget if isinstance(budget, int) else None
@@ -186,7 +186,7 @@ def full_report(
             parts.append(paired_table(pairs))
     if budget is not None and finished:
         parts += [f"## At a part of the budget\n\nSampled EM in %{which}.", efficiency_table(results, budget)]
-    if len(plan.rates) > 1:
+    if plan.searches:
         parts += ["## Learning rates\n\nSampled EM in % by rate, mean over the search seeds."]
         parts += [rates_table(results, plan.rates)]
     pictures = [f"![{name}]({name})" for name in figures]

@@ -119,7 +119,7 @@ def collect_results(plan: Plan, records: Records) -> list[ArmResult]:
         raise DataError(
             f"{one.arm} (commit {one.commit}) and {other.arm} (commit {other.commit}) were evaluated on different "
             "questions although their settings are the same: the environment has changed in between; remove the "
-            "records of one of them"
+            "records of one of them, and its folders under cells/"
         )
     return results
 

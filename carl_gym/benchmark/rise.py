@@ -53,7 +53,10 @@ def rise(result: ArmResult) -> Rise | None:
     if not result.runs:
         return None
     if not all(record.sampled_em_before for record in result.runs.values()):
-        raise DataError(f"{result.arm.name}: some record has no scores per question from before training; run it again")
+        raise DataError(
+            f"{result.arm.name}: some record has no scores per question from before training; remove "
+            "its records and folders, and run it again"
+        )
     differences = result.scores("sampled_em") - result.scores("sampled_em_before")
     return Rise(float(differences.mean()), *crossed_interval(differences), len(differences))
 

@@ -21,15 +21,9 @@ Packing = Literal["tree", "rows"]
 
 CONFIG_FILE = "config.json"
 MAY_CHANGE = (
-    "resume",
-    "threads",
-    "tracking_uri",
-    "urls",
-    "weights_dir",
-    "keep",
-    "gradient_checkpointing",
-    "hang_seconds",
-)
+    "resume", "output_dir", "threads", "tracking_uri", "urls", "weights_dir", "save_every", "keep", "keep_best",
+    "bad_updates", "gradient_checkpointing", "hang_seconds",
+)  # fmt: skip
 """Settings that a resumed run may give anew: they do not change what it computes."""
 
 
@@ -144,8 +138,11 @@ class TrainConfig:
             "keep",
             "bad_updates",
         ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)!r}")
+        for name in ("shuffle_advantages", "keep_best", "gradient_checkpointing", "bf16", "resume"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
         for name in ("max_actions", "curve_questions", "eval_actions", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1 where it is given, not {value}")
