@@ -18,12 +18,14 @@ from carl_gym.training.ranks import Ranks, launched
 torch.set_num_threads(1)
 
 
-def train(ranks: Ranks, agent: Path, shares: Path, out: Path, *, checkpointing: bool = False) -> None:
+def train(
+    ranks: Ranks, agent: Path, shares: Path, out: Path, *, checkpointing: bool = False, bf16: bool = False
+) -> None:
     """`shares`: for every step a list of rows for each process. Leaves weights, optimiser and metrics behind."""
     model = copy.deepcopy(load_agent(str(agent), device="cpu").model)
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    learner = Learner(model, learning_rate=1e-3, batch_tokens=700, ranks=ranks)
+    autocast = torch.bfloat16 if bf16 else None
+    settings = {"batch_tokens": 700, "gradient_checkpointing": checkpointing, "autocast": autocast, "ranks": ranks}
+    learner = Learner(model, learning_rate=1e-3, **settings)
     found = []
     for step in pickle.loads(shares.read_bytes()):
         rows = [row for share in step for row in share] if ranks.count == 1 else step[ranks.index]
@@ -43,4 +45,5 @@ if __name__ == "__main__":
     ranks = launched("cpu")
     train(replace(ranks, sharded=False), agent, shares, folder / f"ddp-{ranks.count}")
     train(replace(ranks, sharded=True), agent, shares, folder / f"fsdp-{ranks.count}", checkpointing=True)
+    train(replace(ranks, sharded=True), agent, shares, folder / f"bf16-{ranks.count}", bf16=True)
     ranks.wait()

@@ -17,6 +17,8 @@ from carl_gym import make_task
 from carl_gym.agents.agent import load_agent
 from carl_gym.algorithms import get_algorithm, token_weights
 from carl_gym.rollouts.collector import collect
+from carl_gym.training.learner import Learner
+from carl_gym.training.questions import take_questions
 from carl_gym.training.ranks import ALONE, Ranks, launched
 from carl_gym.training.segments import Row, rows, segments
 from carl_gym.training.trainer import Trainer
@@ -83,16 +85,26 @@ def test_processes_learn_what_one_would(processes, tiny_agent_folder, trees_of_r
             assert one.entropy == pytest.approx(other.entropy, rel=1e-4)
             assert one.gap == pytest.approx(other.gap, rel=1e-2, abs=1e-4)
             assert one.clip_fraction == pytest.approx(other.clip_fraction, abs=1e-2)
+    rough = pickle.loads((tmp_path / f"bf16-{processes}.pickle").read_bytes())
+    for one, other in zip(rough, metrics, strict=True):
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=0.2)
+    assert all(
+        tensor.dtype == torch.float32 for tensor in load_file(tmp_path / f"bf16-{processes}.safetensors").values()
+    )
 
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_run_of_two_processes_is_that_of_one_which_goes_on_with_it(sharded, tiny_agent_folder, tmp_path):
     """Everything but rounding: trees, metrics, evaluations, weights; and its checkpoint serves any number."""
     one, two = tmp_path / "one", tmp_path / "two"
-    # Five questions a step: the processes have three and two of them. Few steps and small ones: rounding is to tip no
-    # draw.
-    options = {"questions_per_step": 5, "learning_rate": 1e-6, "steps": 2, "save_every": 1}
-    list(Trainer(config(tiny_agent_folder, one, **options)).run())
+    # Five of four questions a step: the processes have three and two of them, one of them twice. One to evaluate, so
+    # that the second process has none. Few steps and small ones: rounding is to tip no draw.
+    options = {"questions_per_step": 5, "learning_rate": 1e-6, "steps": 2, "save_every": 1, "keep_best": True}
+    options |= {"train_questions": 4, "eval_questions": 1}
+    alone = Trainer(config(tiny_agent_folder, one, **options))
+    taken = [[q.id for q in take_questions(alone.questions, step, 5, seed=0)] for step in range(2)]
+    assert any(ids.index(ids[-1]) % 2 for ids in taken), "the two trees of a question grow in different processes"
+    list(alone.run())
     launch(2, TRAIN, *arguments(tiny_agent_folder, two, **options), sharded=sharded)
     own = {"seconds", "cpu_seconds", "update/tokens", "update/needed"}  # of processes, not of the run
     for mine, theirs in zip(metrics(one), metrics(two), strict=True):
@@ -115,6 +127,16 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
         for values in ([one[name] - other[name] for name in one], list(other.values()))
     )
     return float(away / size)
+
+
+def test_optimiser_states_by_number_are_read(tiny_agent_folder, trees_of_rows):
+    """As checkpoints had them before they had names."""
+    rows = [row for tree in trees_of_rows[0] for row in tree]
+    one, other = (Learner(load_agent(str(tiny_agent_folder), device="cpu").model, learning_rate=1e-3) for _ in range(2))
+    one.update(rows, 0.2, 0.2)
+    other.load_state(one.optimizer.state_dict())
+    for mine, theirs in zip(one.optimizer.state.values(), other.optimizer.state.values(), strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in ("exp_avg", "exp_avg_sq", "step"))
 
 
 def test_a_process_without_a_launcher_is_alone():

@@ -265,4 +265,4 @@ def test_two_training_processes_share_the_servers(served: tuple[Path, list[Serve
         assert row["update/canary_gap"] < TOLERANCE
     for name in ("actions_generated", "actions_trained", "rollout/tokens"):
         assert [row.get(name) for row in one] == [row.get(name) for row in two]
-    assert len(list((tmp_path / "of-2" / "weights").iterdir())) == 2, "one process publishes, and keeps the last two"
+    assert len(list((tmp_path / "of-2.weights").iterdir())) == 2, "one process publishes, and keeps the last two"

@@ -37,7 +37,10 @@ def config(agent: Path, output_dir: Path, **changes: object) -> TrainConfig:
 def arguments(agent: Path, output_dir: Path, **changes: object) -> list[str]:
     """The same as words of a command line."""
     options = {**OPTIONS, "agent": agent, "output_dir": output_dir, **changes}
-    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = []
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
 
 
 def metrics(output_dir: Path) -> list[dict[str, float]]:

@@ -51,13 +51,15 @@ def collect(
     temperature: float = 1.0,
     timings: Timings | None = None,
     schedule: Schedule = "ticks",
+    repeats: Sequence[int] | None = None,
 ) -> list[RolloutTree]:
     """Roll out one complete tree per question, in order.
 
     A tree depends on (seed, step, question, weights) alone, not on the other questions nor on the schedule, as far as
     the policy's answer to a request does not depend on its batch: a model's logits differ by rounding, and now and then
     that tips a draw. In ticks the batches, and so the trees, are the same in every run; asynchronously they are not.
-    A question that comes twice in one call gets two different trees. Evaluation is `RootExplorer(1)`; temperature 0 is
+    A question that comes twice in one call gets two different trees; `repeats` says how often each came before in the
+    step, where others roll out a part of it. Evaluation is `RootExplorer(1)`; temperature 0 is
     greedy.
 
     Raises:
@@ -68,10 +70,8 @@ def collect(
     check_schedule(schedule, policy)
     timings = timings if timings is not None else Timings()
     steppers = []
-    seen: Counter[str] = Counter()
-    for question in questions:
-        tree_seed = derive_seed(seed, step, question.id, seen[question.id])
-        seen[question.id] += 1
+    for question, times in zip(questions, count_repeats(questions) if repeats is None else repeats, strict=True):
+        tree_seed = derive_seed(seed, step, question.id, times)
         tree = RolloutTree(question, policy.version, tree_seed)
         state = task.initial(question)
         steppers.append(TreeStepper(tree, explorer, transcript, state, task.observation(state)))
@@ -81,6 +81,16 @@ def collect(
         return [stepper.in_order() for stepper in steppers]
     _in_ticks(task, policy, steppers, temperature, timings)
     return [stepper.tree for stepper in steppers]
+
+
+def count_repeats(questions: Sequence[Question]) -> list[int]:
+    """How often each of the questions came before."""
+    seen: Counter[str] = Counter()
+    found = []
+    for question in questions:
+        found.append(seen[question.id])
+        seen[question.id] += 1
+    return found
 
 
 def _in_ticks(

@@ -140,7 +140,8 @@ def load_checkpoint(folder: Path, agent: Agent, learner: Learner, critic: Critic
         DataError: the trainer's state cannot be read.
     """
     try:
-        state = torch.load(folder / STATE_FILE, weights_only=True)
+        # Mapped: several processes on a machine share what they read.
+        state = torch.load(folder / STATE_FILE, weights_only=True, mmap=True, map_location="cpu")
         learner.load_state(state["optimizer"])
         if critic is not None:
             critic.load_state_dict(state["critic"])

@@ -161,9 +161,9 @@ class Learner:
         trained, tokens, needed = map(int, counts)
         return UpdateMetrics(loss, clipped / weight, gap, entropy / trained, norm, tokens, needed)
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The model's parameters by name. Every process has to ask for them."""
-        return whole_weights(self.model)
+    def weights(self, *, everywhere: bool = False) -> dict[str, torch.Tensor]:
+        """The model's parameters by name. Every process has to ask for them; the first one gets them, or all do."""
+        return whole_weights(self.model, keep=everywhere or self.ranks.is_main)
 
     def state(self) -> dict[str, Any]:
         """What the optimiser remembers, for `load_state`. Every process has to ask for it; the first one gets it."""

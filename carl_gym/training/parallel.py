@@ -7,6 +7,7 @@ processes: a loss that is a sum over all of them is to be multiplied by their nu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -35,21 +36,19 @@ def spread(module: LogprobModel, ranks: Ranks, compute: torch.dtype | None = Non
     if ranks.count == 1:
         return module
     mass = sum(float(parameter.detach().abs().sum(dtype=torch.float64)) for parameter in module.parameters())
-    highest, lowest = ranks.largest(mass, -mass)
-    if highest != -lowest:
+    highest, negative = ranks.largest(mass, -mass)
+    if not math.isclose(highest, -negative, rel_tol=1e-9):  # machines may add up differently
         raise PolicyError(
             f"the processes of this run loaded different weights of {type(module.model).__name__} (sums of sizes from "
-            f"{-lowest:g} to {highest:g}); give all of them the same model folder, and the same checkpoint to resume"
+            f"{-negative:g} to {highest:g}); give all of them the same model folder, and the same checkpoint to resume"
         )
     if not ranks.sharded:
         on_gpu = ranks.device is not None and ranks.device.type == "cuda"
         return nn.parallel.DistributedDataParallel(module, device_ids=[ranks.device] if on_gpu else None)
-    from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     assert ranks.device is not None
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)  # reads what the launcher was configured with
     kinds = set(getattr(module.model, "_no_split_modules", None) or ())
     layers = [layer for layer in module.modules() if type(layer).__name__ in kinds]
     if not layers:
@@ -59,9 +58,12 @@ def spread(module: LogprobModel, ranks: Ranks, compute: torch.dtype | None = Non
         )
     options: dict[str, Any] = {
         "mesh": init_device_mesh(ranks.device.type, (ranks.count,)),
-        "reshard_after_forward": bool(plugin.reshard_after_forward),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None),
-        "offload_policy": plugin.cpu_offload,
+        # Else a forward pass alone, as the canary's, would leave layers put together, in the compute dtype.
+        "reshard_after_forward": True,
+        # Casting inputs would copy the tree that layers report to; autocast does what is needed.
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=compute, reduce_dtype=torch.float32 if compute else None, cast_forward_inputs=False
+        ),
     }
     for layer in layers:
         fully_shard(layer, **options)
@@ -82,9 +84,19 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_weights(module: LogprobModel) -> dict[str, torch.Tensor]:
-    """The model's parameters by name, put together; every process has to ask for them."""
-    return {name: whole(parameter.detach()) for name, parameter in module.model.named_parameters()}
+def whole_weights(module: LogprobModel, *, keep: bool) -> dict[str, torch.Tensor]:
+    """The model's parameters by name, put together one by one; every process has to ask for them.
+
+    Args:
+        module: whose model.
+        keep: whether this process wants them; an empty mapping otherwise.
+    """
+    found = {}
+    for name, parameter in module.model.named_parameters():
+        tensor = whole(parameter.detach())
+        if keep:
+            found[name] = tensor.cpu() if isinstance(parameter, DTensor) else tensor  # not a second model on the GPU
+    return found
 
 
 def optimiser_state(module: LogprobModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -109,8 +121,9 @@ def load_optimiser_state(module: LogprobModel, optimizer: torch.optim.Optimizer,
     if not state:
         return
     if all(isinstance(key, int) for key in state["state"]):
-        optimizer.load_state_dict(dict(state))
-        return
+        names = [name for name, _ in module.named_parameters()]
+        groups = [group | {"params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
+        state = {"state": {names[i]: value for i, value in state["state"].items()}, "param_groups": groups}
     set_optimizer_state_dict(
         module, optimizer, optim_state_dict=dict(state), options=StateDictOptions(full_state_dict=True)
     )

@@ -1,17 +1,21 @@
 """SIGTERM, as schedulers send it before they take a machine away: save what there is, then go.
 
-While a run lasts, the first SIGTERM is noted. Where everything under way can be dropped (rollouts, evaluation), it ends
-that at once; elsewhere the step is finished first. A second one ends the process as it would without us.
+While a run lasts, the first SIGTERM is noted. Rollouts under way are dropped at once; elsewhere the step is finished
+first. More of them within a minute mean the same: a launcher passes on what its processes may have got themselves. A
+later one ends the process as it would without us.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+REPEATS = 60.0
+"""Seconds within which another SIGTERM is taken for the same."""
 EXIT_CODE = 128 + signal.SIGTERM
 """Of a process that was told to end and has saved: 143, as of one that SIGTERM has killed."""
 
@@ -24,15 +28,16 @@ class Preempted(SystemExit):
 
 
 class Preemption:
-    """Whether this process was told to end.
-
-    Attributes:
-        requested: it was.
-    """
+    """What this process was told."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self._since: float | None = None
         self._droppable = False
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was told to end."""
+        return self._since is not None
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -57,8 +62,11 @@ class Preemption:
             self._droppable = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        self.requested = True
+        if self._since is None:
+            self._since = time.monotonic()
+        elif time.monotonic() - self._since > REPEATS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         self._leave()
 
     def _leave(self) -> None:

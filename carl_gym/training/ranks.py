@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -83,6 +84,8 @@ class Ranks:
 
 
 ALONE = Ranks()
+PATIENCE = timedelta(hours=2)
+"""How long a process waits for the others before PyTorch ends it."""
 
 
 def launched(device: str | None = None) -> Ranks:
@@ -95,7 +98,8 @@ def launched(device: str | None = None) -> Ranks:
         return ALONE
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu")
+    # Processes wait for the slowest rollouts of a step, which may take longer than NCCL's ten minutes.
+    state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
     # Else transformers leaves models empty in all processes but the first, and they are to sample from them.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"

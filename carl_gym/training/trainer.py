@@ -32,7 +32,7 @@ from carl_gym.envs.state import Question
 from carl_gym.errors import CarlGymError, ConfigError
 from carl_gym.evaluation import Episode, play, summarise
 from carl_gym.files import write_json
-from carl_gym.rollouts.collector import Timings, check_schedule, collect
+from carl_gym.rollouts.collector import Timings, check_schedule, collect, count_repeats
 from carl_gym.rollouts.tree import RolloutTree
 from carl_gym.tracking.curves import learning_curve
 from carl_gym.tracking.mlflow_tracker import MlflowTracker
@@ -82,6 +82,8 @@ class Trainer:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.algorithm = config.make_algorithm()
+        if self.ranks.count > 1 and "critic" in self.algorithm.requires:
+            raise ConfigError(f"algorithm {self.algorithm.name!r} has a critic, which learns in one process only")
         self.task, self.questions, self.eval_task, self.eval_questions = load_data(config)
         saved = self.ranks.agree(checkpoints(config.output_dir) if config.resume else [])
         self.agent = self._load_agent(str(saved[-1]) if saved else config.agent)
@@ -95,10 +97,15 @@ class Trainer:
             raise ConfigError(
                 "canary_tolerance is for vLLM; with backend transformers sampler and learner are one model"
             )
+        if self.ranks.sharded and not self.agent.shares_weights and "gold answers" in self.algorithm.requires:
+            raise ConfigError(
+                f"algorithm {self.algorithm.name!r} scores gold answers with whole weights, which no process has under "
+                "FSDP with vLLM; use --backend transformers, or start the processes without FSDP"
+            )
         # The transformers policy needs whole weights to sample from; shards are of a copy then.
-        self._copied = self.ranks.sharded and self.agent.shares_weights
+        copied = self.ranks.sharded and self.agent.shares_weights
         self.learner = Learner(
-            copy.deepcopy(self.agent.model) if self._copied else self.agent.model,
+            copy.deepcopy(self.agent.model) if copied else self.agent.model,
             learning_rate=config.learning_rate,
             temperature=config.temperature,
             max_grad_norm=config.max_grad_norm,
@@ -110,8 +117,6 @@ class Trainer:
         )
         on_gpu = self.agent.model.device.type == "cuda"
         self.profiler = Profiler(profile and self.ranks.is_main, synchronize=torch.cuda.synchronize if on_gpu else None)
-        if self.ranks.count > 1 and "critic" in self.algorithm.requires:
-            raise ConfigError(f"algorithm {self.algorithm.name!r} has a critic, which learns in one process only")
         self.scores = TreeScores(self.algorithm, config, self.task, self.questions, self.agent)
         self.progress = (
             load_checkpoint(saved[-1], self.agent, self.learner, self.scores.critic) if saved else Progress()
@@ -128,8 +133,14 @@ class Trainer:
     def _load_agent(self, name: str) -> Agent:
         """This process' agent. Of several that use the same servers the main one hands them the weights."""
         config, ranks = self.config, self.ranks
-        servers = (config.backend or resolve(name)[0].backend) == "vllm-server"
-        self._shares_servers = servers and ranks.count > 1
+        backend = config.backend or resolve(name)[0].backend
+        if backend == "vllm" and ranks.count > 1:
+            raise ConfigError(
+                f"{ranks.count} processes would each start a vLLM engine on the first GPU; start servers "
+                "(scripts/serve_agent.py) and use --backend vllm-server, or --backend transformers"
+            )
+        self._shares_servers = backend == "vllm-server" and ranks.count > 1
+        beside = config.output_dir.with_name(f"{config.output_dir.name}.weights")
         load = functools.partial(
             load_agent,
             name,
@@ -137,7 +148,7 @@ class Trainer:
             backend=config.backend,
             urls=config.urls,
             tools=self.task.card.tools,
-            weights_dir=config.weights_dir or (config.output_dir / "weights" if self._shares_servers else None),
+            weights_dir=config.weights_dir or (beside if self._shares_servers else None),
         )
         if not self._shares_servers:
             return load()
@@ -192,9 +203,11 @@ class Trainer:
             raise
         if self._evaluation_is_due(before.actions_generated) or self._done():
             metrics |= self._evaluate()
-            self._keep_best(metrics)
+            with self._phase("checkpoint"):
+                self._keep_best(metrics)
         logged = self._log(metrics)
-        (ends,) = self.ranks.largest(self.preemption.requested)
+        with self._phase("checkpoint"):
+            (ends,) = self.ranks.largest(self.preemption.requested)
         if self.progress.step % self.config.save_every == 0 or self._done() or ends:
             with self._phase("checkpoint"):
                 self._save()
@@ -206,18 +219,22 @@ class Trainer:
         """The agent that scored best so far, as a folder of its own, where that is asked for."""
         scores = [row[BEST_BY] for row in self.history if BEST_BY in row]
         if self.config.keep_best and BEST_BY in metrics and metrics[BEST_BY] > max(scores, default=-math.inf):
-            weights = self.learner.weights() if self.ranks.sharded else None
+            weights = self._whole_weights()
             if self.tracker is not None:
                 save_best(
                     self.config.output_dir, self.agent, {"step": metrics["step"], BEST_BY: metrics[BEST_BY]}, weights
                 )
+
+    def _whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """In the main process, where the model's own are in shards; else None."""
+        return self.learner.weights() if self.ranks.sharded else None
 
     def _save(self) -> None:
         """A checkpoint, written by the main process from what all of them have; nothing before the first step."""
         if self.progress.step in (0, self._saved):
             return
         self._saved = self.progress.step
-        weights, state = self.learner.weights() if self.ranks.sharded else None, self.learner.state()
+        weights, state = self._whole_weights(), self.learner.state()
         if self.tracker is not None:
             save_checkpoint(
                 self.config.output_dir,
@@ -259,6 +276,7 @@ class Trainer:
                 temperature=self.config.temperature,
                 timings=timings,
                 schedule=self.config.schedule,
+                repeats=self.ranks.mine(count_repeats(questions)),
             )
         collected = time.perf_counter()
         with self._phase("credit and selection"):
@@ -302,7 +320,11 @@ class Trainer:
 
     def _sync(self) -> dict[str, float]:
         """Hand the new weights to the policy, and make sure that they arrived."""
-        weights = self.learner.weights() if self.ranks.sharded else None
+        if self.agent.shares_weights:
+            # Every process samples from weights of its own: the very ones that it trains, or a copy of the shards.
+            self.agent.sync(self.learner.weights(everywhere=True) if self.ranks.sharded else None)
+            return {}
+        weights = self._whole_weights()
         if self._shares_servers:
             if self.ranks.is_main:
                 self.agent.sync(weights)
@@ -311,16 +333,17 @@ class Trainer:
                 self.agent.follow(label)
         else:
             self.agent.sync(weights)
-        if self.canary is None:
-            return {}
+        assert self.canary is not None
         return {"update/canary_gap": self.canary.check(self.agent.policy, self.learner.model)}
 
     def _canary(self) -> Canary:
         """Checked once at the start: the policy may have other weights, or another dtype, than it should."""
         first = (self.task.observation(self.task.initial(question)) for question in self.questions[:4])
+        # Shards are put together in bfloat16 where the update computes in it, for the canary as well.
+        rounding = TOLERANCES["bfloat16"] if self.ranks.sharded and self.config.bf16 else 0.0
         canary = Canary(
             [token for text in first for token in self.agent.transcript.prompt(text)],
-            tolerance=self.config.canary_tolerance or TOLERANCES[self.agent.card.dtype],
+            tolerance=self.config.canary_tolerance or max(TOLERANCES[self.agent.card.dtype], rounding),
             context=self.agent.transcript.context,
             temperature=self.config.temperature,
         )
