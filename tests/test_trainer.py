@@ -237,7 +237,6 @@ def test_the_control_trains_as_much_on_advantages_that_mean_nothing(run, tiny_ag
 @pytest.mark.parametrize(
     "changes",
     [
-        {"forks": 0},  # no state has two actions
         {"temperature": 1e-6},  # a deterministic policy is never forked
         {"temperature": 1e-6, "algorithm": "grpo", "forks": None, "rollouts": 3},  # all returns are equal
     ],

@@ -203,10 +203,9 @@ class Trainer:
             raise
         if self._evaluation_is_due(before.actions_generated) or self._done():
             metrics |= self._evaluate()
-            with self._phase("checkpoint"):
-                self._keep_best(metrics)
+            self._keep_best(metrics)
         logged = self._log(metrics)
-        with self._phase("checkpoint"):
+        with self.watchdog.phase("waiting for the others"):
             (ends,) = self.ranks.largest(self.preemption.requested)
         if self.progress.step % self.config.save_every == 0 or self._done() or ends:
             with self._phase("checkpoint"):
@@ -219,11 +218,11 @@ class Trainer:
         """The agent that scored best so far, as a folder of its own, where that is asked for."""
         scores = [row[BEST_BY] for row in self.history if BEST_BY in row]
         if self.config.keep_best and BEST_BY in metrics and metrics[BEST_BY] > max(scores, default=-math.inf):
-            weights = self._whole_weights()
-            if self.tracker is not None:
-                save_best(
-                    self.config.output_dir, self.agent, {"step": metrics["step"], BEST_BY: metrics[BEST_BY]}, weights
-                )
+            with self._phase("checkpoint"):
+                weights = self._whole_weights()
+                if self.tracker is not None:
+                    score = {name: metrics[name] for name in ("step", BEST_BY)}
+                    save_best(self.config.output_dir, self.agent, score, weights)
 
     def _whole_weights(self) -> dict[str, torch.Tensor] | None:
         """In the main process, where the model's own are in shards; else None."""
