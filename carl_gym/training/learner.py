@@ -131,7 +131,7 @@ class Learner:
         with tree_attention(model) if as_tree else nullcontext():
             for number in range(passes):
                 busy = number < len(batches)
-                (batch,) = [batches[number]] if busy else self._batches([IDLE])
+                batch = batches[number] if busy else self._batches([IDLE])[0]
                 ids, index, columns, targets, sampled, advantages, weights = batch.tensors(model.device)
                 with apart(self._spread, last=number == passes - 1):
                     with self._autocast():
