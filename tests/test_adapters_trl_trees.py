@@ -21,13 +21,13 @@ from trl.trainer.grpo_config import GRPOConfig
 
 import carl_gym
 from carl_gym.adapters.trl import dataset
-from carl_gym.adapters.trl_trees import CarlTrainer, row_tensors, rows_per_process, trained_rows
+from carl_gym.adapters.trl_trees import CarlTrainer, row_tensors, rows_per_process
 from carl_gym.agents.agent import Agent, load_agent
 from carl_gym.algorithms import Algorithm, get_algorithm
 from carl_gym.envs.task import SearchTask
 from carl_gym.errors import CarlGymError, ConfigError
+from carl_gym.training.credited import credit_trees, trained_rows
 from carl_gym.training.learner import Learner
-from carl_gym.training.metrics import CreditedTree
 from carl_gym.training.segments import Row
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -83,13 +83,6 @@ class Watch(TrainerCallback):
         self.gradients.append({name: None if p.grad is None else p.grad.clone() for name, p in named})
 
 
-def credited(algorithm: Algorithm, trainer: CarlTrainer) -> list[CreditedTree]:
-    trees = trainer.trees
-    return [
-        CreditedTree(*parts) for parts in zip(trees, algorithm.credit(trees), algorithm.selection(trees), strict=True)
-    ]
-
-
 def learner_gradient(
     weights: dict[str, torch.Tensor], rows: list[Row], algorithm: Algorithm
 ) -> dict[str, torch.Tensor]:
@@ -126,7 +119,7 @@ def test_gradients_are_those_of_the_learner(
     )  # fmt: skip
     trainer = CarlTrainer(tiny, task, ALGORITHM, args=args, callbacks=[watch])
     trainer.train()
-    rows = trained_rows(ALGORITHM, credited(ALGORITHM, trainer))
+    rows = trained_rows(ALGORITHM, credit_trees(ALGORITHM, trainer.trees))
     assert len(trainer.trees) == 2 and len(rows) > 4
     first, second = (learner_gradient(weights, rows, ALGORITHM) for weights in watch.weights)
     logged = [entry for entry in trainer.state.log_history if "grad_norm" in entry]

@@ -24,16 +24,18 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from carl_gym.adapters.trl import dataset
 from carl_gym.agents.agent import Agent
 from carl_gym.agents.logprob_model import LogprobModel
-from carl_gym.algorithms import Algorithm, get_algorithm, token_weights
+from carl_gym.algorithms import Algorithm, get_algorithm
 from carl_gym.envs.task import SearchTask
 from carl_gym.errors import CarlGymError, ConfigError
 from carl_gym.rollouts.collector import collect
 from carl_gym.rollouts.tree import RolloutTree
 from carl_gym.training.config import TrainConfig
+from carl_gym.training.credited import credit_trees, trained_rows
 from carl_gym.training.loss import ppo_clip
-from carl_gym.training.metrics import CreditedTree, rollout_metrics
+from carl_gym.training.metrics import rollout_metrics
+from carl_gym.training.ranks import Ranks
 from carl_gym.training.scores import TreeScores
-from carl_gym.training.segments import Row, rows, segments
+from carl_gym.training.segments import Row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -159,12 +161,7 @@ class CarlTrainer(GRPOTrainer):
                 "that GRPOTrainer makes, without wrapping it"
             )
         self.trees = self._collect(names)
-        credited = [
-            CreditedTree(*parts)
-            for parts in zip(
-                self.trees, self.algorithm.credit(self.trees), self.algorithm.selection(self.trees), strict=True
-            )
-        ]
+        credited = credit_trees(self.algorithm, self.trees)
         found = trained_rows(self.algorithm, credited)
         processes, steps = self.accelerator.num_processes, self.args.steps_per_generation
         if len(found) > self.args.generation_batch_size:
@@ -188,10 +185,10 @@ class CarlTrainer(GRPOTrainer):
 
     def _collect(self, names: Sequence[str]) -> list[RolloutTree]:
         """The trees of all questions, each rolled out by one process; every process gets all of them."""
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device)
         self.agent.sync()  # the weights have changed since
         trees: list[RolloutTree] = []
-        if questions := [self.task.questions[name] for name in names[rank::processes]]:
+        if questions := [self.task.questions[name] for name in ranks.mine(names)]:
             trees = collect(
                 self.task,
                 self.agent.policy,
@@ -203,8 +200,7 @@ class CarlTrainer(GRPOTrainer):
                 temperature=self.args.temperature,
             )
             self._scores.measure(trees)
-        parts = gather_object([trees])
-        return [parts[number % processes][number // processes] for number in range(len(names))]
+        return ranks.gather(trees)
 
     def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The PPO-clip loss of a micro-batch: its part of the weighted sum over all trained tokens of the step."""
@@ -246,23 +242,6 @@ class CarlTrainer(GRPOTrainer):
         metrics["sampling/sampling_logp_difference/max"].append(float(gap.max()))
         if float(tokens.sum()):
             metrics["entropy"].append(float(entropy.sum() / tokens.sum()))
-
-
-def trained_rows(algorithm: Algorithm, credited: Sequence[CreditedTree]) -> list[Row]:
-    """The rows of all trees, normalised over them: what one optimiser step trains on.
-
-    Raises:
-        PolicyError: log-probs are not known.
-    """
-    trees = [c.tree for c in credited]
-    weights = token_weights(trees, [c.selected for c in credited], algorithm.loss_reduction)
-    return [
-        row
-        for c, weight in zip(credited, weights, strict=True)
-        for row in rows(
-            segments(c.tree, c.advantages, weight, algorithm.emphasis(c.tree) if algorithm.emphasis else None)
-        )
-    ]
 
 
 def rows_per_process(count: int, processes: int, steps: int) -> int:

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from carl_gym.envs.task import SearchTask
 from carl_gym.rollouts.tree import RolloutTree
+from carl_gym.training.credited import CreditedTree
 from carl_gym.training.learner import UpdateMetrics
-
-
-@dataclass(frozen=True, slots=True)
-class CreditedTree:
-    """A tree with what the algorithm made of it, by node id: advantage, and whether the edge into the node trains."""
-
-    tree: RolloutTree
-    advantages: np.ndarray
-    selected: np.ndarray
 
 
 def rollout_metrics(task: SearchTask, credited: Sequence[CreditedTree], initial: int) -> dict[str, float]:

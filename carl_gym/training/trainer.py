@@ -27,28 +27,27 @@ import torch
 from carl_gym.agents.agent import Agent, load_agent
 from carl_gym.agents.canary import TOLERANCES, Canary
 from carl_gym.agents.card import resolve
-from carl_gym.algorithms import token_weights
 from carl_gym.envs.state import Question
 from carl_gym.errors import CarlGymError, ConfigError
 from carl_gym.evaluation import Episode, play, summarise
 from carl_gym.files import write_json
 from carl_gym.rollouts.collector import Timings, check_schedule, collect, count_repeats
-from carl_gym.rollouts.tree import RolloutTree
 from carl_gym.tracking.curves import learning_curve
 from carl_gym.tracking.mlflow_tracker import MlflowTracker
 from carl_gym.tracking.tree_figure import draw_tree
 from carl_gym.training.checkpoints import Progress, checkpoints, load_checkpoint, save_best, save_checkpoint
 from carl_gym.training.config import MAY_CHANGE, TrainConfig, check_output_dir, claim_output_dir
+from carl_gym.training.credited import CreditedTree, credit_trees, trained_rows
 from carl_gym.training.instruments import instrumented
 from carl_gym.training.learner import Learner, NotFinite, UpdateMetrics
-from carl_gym.training.metrics import CreditedTree, rollout_metrics, trained_tokens, update_metrics
+from carl_gym.training.metrics import rollout_metrics, trained_tokens, update_metrics
 from carl_gym.training.preemption import Preempted, Preemption
 from carl_gym.training.profile_report import write_profile
 from carl_gym.training.profiler import Profiler
 from carl_gym.training.questions import load_data, questions_within, take_questions
 from carl_gym.training.ranks import launched
 from carl_gym.training.scores import TreeScores
-from carl_gym.training.segments import Row, rows, segments
+from carl_gym.training.segments import Row
 from carl_gym.training.watchdog import Watchdog
 
 METRICS_FILE = "metrics.jsonl"
@@ -281,10 +280,7 @@ class Trainer:
         with self._phase("credit and selection"):
             self.scores.measure(trees)
             trees = self.ranks.gather(trees)
-            credited = [
-                CreditedTree(*parts)
-                for parts in zip(trees, self.algorithm.credit(trees), self.algorithm.selection(trees), strict=True)
-            ]
+            credited = credit_trees(self.algorithm, trees)
         cuts = [len(credited) * i // self.config.minibatches for i in range(self.config.minibatches + 1)]
         with self._phase("update"), self.agent.resting():
             updates = [self._update(credited, start, end) for start, end in itertools.pairwise(cuts)]
@@ -351,15 +347,8 @@ class Trainer:
 
     def _update(self, credited: Sequence[CreditedTree], start: int, end: int) -> UpdateMetrics | None:
         """One optimiser step on the trees of a minibatch, normalised over them; this process' part of it."""
-        part = credited[start:end]
-        trees, selected = [c.tree for c in part], [c.selected for c in part]
-        weights = token_weights(trees, selected, self.algorithm.loss_reduction)
-        batch = [
-            row
-            for number, (one, weight) in enumerate(zip(part, weights, strict=True), start)
-            if number % self.ranks.count == self.ranks.index  # those that were grown here
-            for row in rows(segments(one.tree, one.advantages, weight, self._emphasis(one.tree)))
-        ]
+        grown_here = slice((self.ranks.index - start) % self.ranks.count, None, self.ranks.count)
+        batch = trained_rows(self.algorithm, credited[start:end], grown_here)
         try:
             metrics = self.learner.update(batch, self.algorithm.clip_low, self.algorithm.clip_high)
         except NotFinite as error:
@@ -380,9 +369,6 @@ class Trainer:
                 f"that one are in {path} (torch.load)"
             ) from error
         warnings.warn(f"step {self.progress.step + 1}: {error}. Going on; its rows are in {path}", stacklevel=2)
-
-    def _emphasis(self, tree: RolloutTree) -> list[np.ndarray] | None:
-        return self.algorithm.emphasis(tree) if self.algorithm.emphasis else None
 
     def _evaluate(self) -> dict[str, float]:
         """Held-out scores, sampled at the training temperature and greedy."""
