@@ -66,6 +66,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 VARIANTS = (
     "carl(fork_by=exact-entropy)", "carl(advantage=leave-one-out)", "carl(root=merged)",
+    "carl(root=merged,loss_reduction=token)", "carl(root=merged,update=all,loss_reduction=token)",
     "carl-lite(fork_by=exact-entropy)", "carl-lite(advantage=leave-one-out)",
 )  # fmt: skip
 """Settings of registered algorithms that have no name of their own."""
@@ -368,7 +369,7 @@ def references(bench: Bench) -> list[Algorithm]:
         Algorithm("(exact A, rollouts)", rollouts, exact, all_actions, loss_reduction="token"),
         Algorithm("(exact A, rollouts, critical states)", rollouts, exact, at_critical, loss_reduction="token"),
         Algorithm("(exact A, rollouts, mean over actions)", rollouts, exact, all_actions),
-        Algorithm("(exact A, CARL's trees)", carl.explorer, exact, forked_states),
+        Algorithm("(exact A, CARL's trees)", carl.explorer, exact, forked_states, loss_reduction="token"),
         Algorithm("(exact A, CARL's trees, all actions)", carl.explorer, exact, all_actions, loss_reduction="token"),
         Algorithm("(forks by a state's entropy)", StateForking(), tree_difference, forked_states),
         with_shuffled_advantages(get_algorithm("grpo")),
