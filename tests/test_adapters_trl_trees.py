@@ -193,7 +193,8 @@ def test_every_row_goes_to_one_micro_batch_of_one_process(count: int, processes:
                 names = ("old_per_token_logps", "advantages", "token_weights")
                 tokens = batch["input_ids"][index, : at[-1] + 1].numpy()
                 seen[b"".join(a.tobytes() for a in (tokens, at, *(batch[n][index].numpy()[at] for n in names)))] += 1
-    wanted = Counter(b"".join(getattr(row, n).tobytes() for n in Row.__slots__) for row in rows)
+    arrays = ("tokens", "positions", "logprobs", "advantages", "weights")
+    wanted = Counter(b"".join(getattr(row, n).tobytes() for n in arrays) for row in rows)
     assert seen == wanted
 
 

@@ -45,7 +45,7 @@ def assert_equal(ours: list[Row], others: list[Row]) -> None:
     assert len(ours) == len(others)
     for one, two in zip(ours, others, strict=True):
         for name in Row.__slots__:
-            a, b = getattr(one, name), getattr(two, name)
+            a, b = np.asarray(getattr(one, name)), np.asarray(getattr(two, name))
             assert a.dtype == b.dtype and np.array_equal(a, b), name
 
 
@@ -73,7 +73,8 @@ def test_a_batch_by_hand() -> None:
     assert batch["old_log_probs"].tolist() == batch["rollout_log_probs"].tolist() == [[-1, 0, -2], [-1, 0, 0]]
     assert batch["advantages"].tolist() == [[0.5, 0, 1], [0.5, 0, 0]]
     assert torch.equal(batch["rollout_is_weights"], 2 * batch["token_weights"])
-    whole = ("prompts", "responses", "input_ids", "attention_mask", "position_ids", "response_mask")
+    assert batch["policy_version"].tolist() == [0, 0]
+    whole = ("prompts", "responses", "input_ids", "attention_mask", "position_ids", "response_mask", "policy_version")
     assert {name for name, tensor in batch.items() if tensor.dtype == torch.int64} == set(whole)
     assert all(tensor.dtype == torch.float32 for name, tensor in batch.items() if name not in whole)
 

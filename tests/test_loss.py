@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carl_gym.training.loss import PPOTerms, ppo_clip
+from carl_gym.training.loss import LossTerms, ppo_clip
 
 Token = tuple[float, float, float, float]
 """Log-prob, log-prob at sampling, advantage, weight."""
@@ -28,7 +28,7 @@ def reference(tokens: list[Token], low: float, high: float) -> tuple[float, list
     return loss, gradient, clipped_weight
 
 
-def computed(tokens: list[Token], low: float, high: float) -> tuple[PPOTerms, list[float]]:
+def computed(tokens: list[Token], low: float, high: float) -> tuple[LossTerms, list[float]]:
     logprobs, *others = (torch.tensor(column, dtype=torch.float64) for column in zip(*tokens, strict=True))
     logprobs.requires_grad_()
     terms = ppo_clip(logprobs, *others, low, high)

@@ -14,6 +14,7 @@
 | `advantages` (B, R) | `advantages` |
 | `rollout_is_weights` (B, R) | `weights` times B |
 | `token_weights` (B, R) | `weights`; verl ignores it |
+| `policy_version` (B,) | `policy_version`; verl ignores it |
 
 `old_log_probs` up to `advantages` are 0 where `response_mask` is. Names and meaning are those of verl's
 `DataParallelPPOActor.update_policy`, `workers/utils/losses.py: ppo_loss`, `core_algos.py: agg_loss` and
@@ -48,7 +49,8 @@ import torch
 from carl_gym.errors import ConfigError
 from carl_gym.training.segments import Row
 
-_READ = ("prompts", "responses", "attention_mask", "response_mask", "old_log_probs", "advantages", "token_weights")
+_ALIGNED = ("response_mask", "old_log_probs", "advantages", "token_weights")
+_READ = ("prompts", "responses", "attention_mask", "policy_version", *_ALIGNED)
 
 
 def verl_batch(
@@ -97,6 +99,7 @@ def verl_batch(
         "advantages": values[1],
         "rollout_is_weights": values[2] * len(rows),
         "token_weights": values[2],
+        "policy_version": np.array([row.policy_version for row in rows]),
     }
     return {name: torch.tensor(array) for name, array in tensors.items()}
 
@@ -105,19 +108,20 @@ def rows_of_verl_batch(batch: Mapping[str, torch.Tensor]) -> list[Row]:
     """The rows that `verl_batch` was given, exactly; in any order of the batch's rows, and with any padding.
 
     Args:
-        batch: at least `prompts`, `responses`, `attention_mask`, `response_mask`, `old_log_probs`, `advantages` and
-            `token_weights`.
+        batch: at least `prompts`, `responses`, `attention_mask`, `policy_version`, `response_mask`, `old_log_probs`,
+            `advantages` and `token_weights`.
 
     Raises:
         ConfigError: a tensor is missing or has another shape, or a row has nothing to train or trains on padding.
     """
     if missing := [name for name in _READ if name not in batch]:
         raise ConfigError(f"the batch has no {missing[0]!r}; rows need {', '.join(_READ)}")
-    prompts, responses, attention, *aligned = (batch[name].cpu().numpy() for name in _READ)
+    prompts, responses, attention, versions, *aligned = (batch[name].cpu().numpy() for name in _READ)
     shape, both = responses.shape, np.concatenate([prompts, responses], axis=1)
     for name, array, expected in (
         ("attention_mask", attention, both.shape),
-        *((name, array, shape) for name, array in zip(_READ[3:], aligned, strict=True)),
+        ("policy_version", versions, (len(both),)),
+        *((name, array, shape) for name, array in zip(_ALIGNED, aligned, strict=True)),
     ):
         if array.shape != expected:
             raise ConfigError(
@@ -140,6 +144,7 @@ def rows_of_verl_batch(batch: Mapping[str, torch.Tensor]) -> list[Row]:
                 logprobs=logprobs[index][trained].astype(np.float32),
                 advantages=advantages[index][trained].astype(np.float32),
                 weights=weights[index][trained].astype(np.float32),
+                policy_version=int(versions[index]),
             )
         )
     return found

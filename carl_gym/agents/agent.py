@@ -96,6 +96,11 @@ class Agent:
         assert isinstance(self.policy, _Servers)
         self.policy.follow(label)
 
+    @property
+    def lends_memory(self) -> bool:
+        """Whether the policy cannot sample while the learner updates, as it lends it the memory (`resting`)."""
+        return isinstance(self.policy, _Sleeper)
+
     @contextmanager
     def resting(self) -> Iterator[None]:
         """While the learner updates: a policy whose caches are on the same device lends it the memory."""

@@ -8,6 +8,7 @@ forks of different trees share ticks. Asynchronously (`overlap`) every trajector
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -18,12 +19,14 @@ from carl_gym.envs.state import Question
 from carl_gym.errors import ConfigError
 from carl_gym.rollouts.environment import EnvTask, environment_steps
 from carl_gym.rollouts.explorers import Explorer
-from carl_gym.rollouts.overlap import Overlap
+from carl_gym.rollouts.overlap import Overlap, RolloutsDropped
 from carl_gym.rollouts.stepper import MIN_ACTION_TOKENS, TreeStepper
 from carl_gym.rollouts.timings import Timings
 from carl_gym.rollouts.tree import RolloutTree, derive_seed
 
-__all__ = ["MIN_ACTION_TOKENS", "EnvTask", "Schedule", "Timings", "Transcript", "check_schedule", "collect"]
+__all__ = [
+    "MIN_ACTION_TOKENS", "EnvTask", "RolloutsDropped", "Schedule", "Timings", "Transcript", "check_schedule", "collect",
+]  # fmt: skip
 
 Schedule = Literal["ticks", "async"]
 
@@ -52,6 +55,7 @@ def collect(
     timings: Timings | None = None,
     schedule: Schedule = "ticks",
     repeats: Sequence[int] | None = None,
+    dropped: threading.Event | None = None,
 ) -> list[RolloutTree]:
     """Roll out one complete tree per question, in order.
 
@@ -60,14 +64,16 @@ def collect(
     that tips a draw. In ticks the batches, and so the trees, are the same in every run; asynchronously they are not.
     A question that comes twice in one call gets two different trees; `repeats` says how often each came before in the
     step, where others roll out a part of it. Evaluation is `RootExplorer(1)`; temperature 0 is
-    greedy.
+    greedy. Another thread ends it by setting `dropped`.
 
     Raises:
         ConfigError: a prompt leaves no room for an action, or the policy cannot be run asynchronously (nothing was
             sampled yet).
         PolicyError: the policy returned an action without tokens or log-probs.
+        RolloutsDropped: `dropped` was set.
     """
     check_schedule(schedule, policy)
+    dropped = dropped or threading.Event()
     timings = timings if timings is not None else Timings()
     steppers = []
     for question, times in zip(questions, count_repeats(questions) if repeats is None else repeats, strict=True):
@@ -77,9 +83,9 @@ def collect(
         steppers.append(TreeStepper(tree, explorer, transcript, state, task.observation(state)))
     if schedule == "async":
         assert isinstance(policy, StreamingPolicy)
-        Overlap(task, steppers, temperature, timings).run(policy)
+        Overlap(task, steppers, temperature, timings, dropped).run(policy)
         return [stepper.in_order() for stepper in steppers]
-    _in_ticks(task, policy, steppers, temperature, timings)
+    _in_ticks(task, policy, steppers, temperature, timings, dropped)
     return [stepper.tree for stepper in steppers]
 
 
@@ -94,9 +100,16 @@ def count_repeats(questions: Sequence[Question]) -> list[int]:
 
 
 def _in_ticks(
-    task: EnvTask, policy: Policy, steppers: Sequence[TreeStepper], temperature: float, timings: Timings
+    task: EnvTask,
+    policy: Policy,
+    steppers: Sequence[TreeStepper],
+    temperature: float,
+    timings: Timings,
+    dropped: threading.Event,
 ) -> None:
     while wants := [(stepper, want) for stepper in steppers for want in stepper.wants()]:
+        if dropped.is_set():
+            raise RolloutsDropped
         requests = [stepper.request(want, temperature) for stepper, want in wants]
         started = time.perf_counter()
         actions = policy.sample(requests)

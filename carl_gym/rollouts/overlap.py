@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from carl_gym.agents.policy import Completion, SampleRequest, StreamingPolicy
-from carl_gym.errors import PolicyError
+from carl_gym.errors import CarlGymError, PolicyError
 from carl_gym.rollouts.environment import EnvTask, environment_steps
 from carl_gym.rollouts.stepper import TreeStepper, Want
 from carl_gym.rollouts.timings import Timings
@@ -20,6 +20,10 @@ from carl_gym.rollouts.timings import Timings
 GRACE = 1.0
 """Seconds that a batch of transitions gets to end in after a failure. One that hangs longer is left behind, in a thread
 that keeps no program alive; what it brings is thrown away."""
+
+
+class RolloutsDropped(CarlGymError):
+    """Rollouts that nobody wants any more were broken off."""
 
 
 class Overlap:
@@ -30,10 +34,18 @@ class Overlap:
         steppers: of the trees; new ones.
         temperature: of sampling.
         timings: what the time was spent on is added here.
+        dropped: set by another thread to break off.
     """
 
-    def __init__(self, task: EnvTask, steppers: Sequence[TreeStepper], temperature: float, timings: Timings) -> None:
-        self._task, self._temperature, self._timings = task, temperature, timings
+    def __init__(
+        self,
+        task: EnvTask,
+        steppers: Sequence[TreeStepper],
+        temperature: float,
+        timings: Timings,
+        dropped: threading.Event,
+    ) -> None:
+        self._task, self._temperature, self._timings, self._dropped = task, temperature, timings, dropped
         # Of the environment's thread.
         self._wanted: dict[int, tuple[TreeStepper, Want]] = {}
         self._numbers = 0
@@ -53,6 +65,7 @@ class Overlap:
 
         Raises:
             PolicyError: the policy lost or made up a request; and whatever the policy, the task or an explorer raises.
+            RolloutsDropped: `dropped` was set.
         """
         worker = threading.Thread(target=self._environment, name="environment", daemon=True)
         started = time.perf_counter()
@@ -74,6 +87,8 @@ class Overlap:
 
     def _exchange(self, finished: list[tuple[int, Completion]], idle: bool) -> list[tuple[int, SampleRequest]]:
         """See `policy.Exchange`."""
+        if self._dropped.is_set():
+            raise RolloutsDropped
         for number, _ in finished:
             if number not in self._under_way:
                 raise PolicyError(f"the policy answered request {number}, which it was not asked or answered before")

@@ -80,6 +80,12 @@ class TrainConfig:
     schedule: Schedule = "ticks"
     """How training rollouts run: ticks repeats a run bit for bit; async lets every trajectory go on by itself, with
     backends that can."""
+    one_step_off: bool = False
+    """Roll out the questions of the next step while the learner updates on those of this one, with the weights of the
+    step before. Rows are one version behind then, and are corrected by truncated importance weights in place of the
+    algorithm's clip. Steps before an evaluation or a checkpoint wait, so that a resumed run does the same."""
+    importance_cap: float = 2.0
+    """Largest importance weight of a token, with one_step_off."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     packing: Packing = "tree"
@@ -140,13 +146,13 @@ class TrainConfig:
         ):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)!r}")
-        for name in ("shuffle_advantages", "keep_best", "gradient_checkpointing", "bf16", "resume"):
+        for name in ("shuffle_advantages", "one_step_off", "keep_best", "gradient_checkpointing", "bf16", "resume"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
         for name in ("max_actions", "curve_questions", "eval_actions", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1 where it is given, not {value}")
-        for name in ("learning_rate", "temperature", "max_grad_norm", "hang_seconds"):
+        for name in ("learning_rate", "temperature", "importance_cap", "max_grad_norm", "hang_seconds"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be a number above 0, not {getattr(self, name)}")
         for name, known in (("schedule", get_args(Schedule)), ("packing", get_args(Packing))):

@@ -16,7 +16,7 @@ from carl_gym.agents.logprob_model import LogprobModel
 from carl_gym.agents.tree_attention import tree_attention
 from carl_gym.errors import CarlGymError
 from carl_gym.training.config import Packing
-from carl_gym.training.loss import ppo_clip
+from carl_gym.training.loss import ppo_clip, truncated_importance
 from carl_gym.training.packing import Batch, packs, padded, unique_tokens
 from carl_gym.training.parallel import apart, load_optimiser_state, optimiser_state, spread, whole, whole_weights
 from carl_gym.training.ranks import ALONE, Ranks
@@ -36,10 +36,10 @@ class UpdateMetrics:
     """What one optimiser step was like.
 
     Attributes:
-        loss: PPO-clip loss.
-        clip_fraction: weighted share of trained tokens whose gradient the clip stopped.
+        loss: PPO-clip loss, or that of truncated importance weights.
+        clip_fraction: weighted share of trained tokens whose gradient the clip stopped, or whose weight is the cap.
         gap: largest |log-prob of the learner - log-prob of the sampler| of a trained token, in nats; before the first
-            step on a batch it is pure numerical noise.
+            step on a batch that is not stale it is pure numerical noise.
         entropy: mean entropy of the token distributions at the trained positions, in nats.
         grad_norm: global norm before clipping.
         tokens: tokens that went through the model, padding included.
@@ -71,6 +71,8 @@ class Learner:
         weight_decay: AdamW's.
         autocast: compute dtype; weights and optimiser stay float32.
         gradient_checkpointing: compute activations again on the way back instead of keeping them.
+        importance_cap: for rows that older weights may have sampled: `truncated_importance` with this cap in place of
+            the algorithm's clip.
         ranks: the processes that learn together.
 
     Raises:
@@ -90,6 +92,7 @@ class Learner:
         weight_decay: float = 0.0,
         autocast: torch.dtype | None = None,
         gradient_checkpointing: bool = False,
+        importance_cap: float | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         if packing == "tree":
@@ -103,6 +106,7 @@ class Learner:
         self.packing = packing
         self.batch_tokens = batch_tokens
         self.autocast = autocast
+        self.importance_cap = importance_cap
         self.ranks = ranks
         self._spread = spread(self.model, ranks, autocast)
         self.optimizer = torch.optim.AdamW(
@@ -138,7 +142,10 @@ class Learner:
                         logprobs, entropies = self._spread(
                             ids, index, columns, self.temperature, targets=targets, tree=batch.tree
                         )
-                    terms = ppo_clip(logprobs, sampled, advantages, weights, clip_low, clip_high)
+                    if self.importance_cap is None:
+                        terms = ppo_clip(logprobs, sampled, advantages, weights, clip_low, clip_high)
+                    else:
+                        terms = truncated_importance(logprobs, sampled, advantages, weights, self.importance_cap)
                     (terms.loss * ranks.count).backward()  # gradients are averaged over processes
                 if busy:
                     loss += float(terms.loss.detach())

@@ -47,7 +47,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One linear sequence and its trained positions; all arrays but `tokens` are aligned with `positions`.
+    """One linear sequence and its trained positions, with which arrays other than `tokens` are aligned.
 
     Attributes:
         tokens: (n,) ids, prompt first.
@@ -55,6 +55,7 @@ class Row:
         logprobs: (m,) log-probs at sampling.
         advantages: (m,) advantages.
         weights: (m,) loss weights.
+        policy_version: which weights sampled the trained tokens.
     """
 
     tokens: np.ndarray
@@ -62,6 +63,7 @@ class Row:
     logprobs: np.ndarray
     advantages: np.ndarray
     weights: np.ndarray
+    policy_version: int = 0
 
 
 def segments(
@@ -140,6 +142,7 @@ def _row(path: list[Segment], trained: list[bool]) -> Row:
         logprobs=np.concatenate([segment.logprobs for segment, _ in parts]),
         advantages=np.concatenate([_token_advantages(segment) for segment, _ in parts]),
         weights=np.repeat(np.array([segment.weight for segment, _ in parts], dtype=np.float32), lengths),
+        policy_version=last.policy_version,
     )
 
 

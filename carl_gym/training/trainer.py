@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from carl_gym.envs.state import Question
 from carl_gym.errors import CarlGymError, ConfigError
 from carl_gym.evaluation import Episode, play, summarise
 from carl_gym.files import write_json
-from carl_gym.rollouts.collector import Timings, check_schedule, collect, count_repeats
 from carl_gym.tracking.curves import learning_curve
 from carl_gym.tracking.mlflow_tracker import MlflowTracker
 from carl_gym.tracking.tree_figure import draw_tree
@@ -44,8 +43,9 @@ from carl_gym.training.metrics import rollout_metrics, trained_tokens, update_me
 from carl_gym.training.preemption import Preempted, Preemption
 from carl_gym.training.profile_report import write_profile
 from carl_gym.training.profiler import Profiler
-from carl_gym.training.questions import load_data, questions_within, take_questions
+from carl_gym.training.questions import load_data
 from carl_gym.training.ranks import launched
+from carl_gym.training.sampler import Sampler
 from carl_gym.training.scores import TreeScores
 from carl_gym.training.segments import Row
 from carl_gym.training.watchdog import Watchdog
@@ -91,7 +91,10 @@ class Trainer:
                 f"agent {config.agent!r} is hosted (backend {self.agent.card.backend}) and has no weights here to "
                 "train; evaluate it with scripts/evaluate.py, or train a model folder or hub id"
             )
-        check_schedule(config.schedule, self.agent.policy)
+        self.preemption = Preemption()
+        self.sampler = Sampler(
+            config, self.task, self.agent, self.algorithm.explorer, self.questions, self.ranks, self.preemption
+        )
         if config.canary_tolerance is not None and self.agent.shares_weights:
             raise ConfigError(
                 "canary_tolerance is for vLLM; with backend transformers sampler and learner are one model"
@@ -101,10 +104,10 @@ class Trainer:
                 f"algorithm {self.algorithm.name!r} scores gold answers with whole weights, which no process has under "
                 "FSDP with vLLM; use --backend transformers, or start the processes without FSDP"
             )
-        # The transformers policy needs whole weights to sample from; shards are of a copy then.
-        copied = self.ranks.sharded and self.agent.shares_weights
+        # The transformers policy needs whole weights to sample from, and others than those that learn while it does.
+        self._copied = self.agent.shares_weights and (self.ranks.sharded or config.one_step_off)
         self.learner = Learner(
-            copy.deepcopy(self.agent.model) if copied else self.agent.model,
+            copy.deepcopy(self.agent.model) if self._copied else self.agent.model,
             learning_rate=config.learning_rate,
             temperature=config.temperature,
             max_grad_norm=config.max_grad_norm,
@@ -112,6 +115,7 @@ class Trainer:
             batch_tokens=config.batch_tokens,
             autocast=torch.bfloat16 if config.bf16 else None,
             gradient_checkpointing=config.gradient_checkpointing,
+            importance_cap=config.importance_cap if config.one_step_off else None,
             ranks=self.ranks,
         )
         on_gpu = self.agent.model.device.type == "cuda"
@@ -122,7 +126,6 @@ class Trainer:
         )
         self._saved = self.progress.step
         self._bad = self._not_finite = 0  # optimiser steps that were not finite: in a row, and in all
-        self.preemption = Preemption()
         self.watchdog = Watchdog(f"process {self.ranks.index} of {self.ranks.count}", config.hang_seconds)
         self.canary = None if self.agent.shares_weights else self._canary()
         self.tracker = self._tracker() if self.ranks.is_main else None
@@ -165,10 +168,13 @@ class Trainer:
                 with self.profiler.step(0):
                     logged = self._log({"step": 0, **self._evaluate()})
                 yield logged
-            while not self._done():
-                with self.profiler.step(self.progress.step + 1):
-                    logged = self._step()
-                yield logged
+            try:
+                while not self._done(self.progress):
+                    with self.profiler.step(self.progress.step + 1):
+                        logged = self._step()
+                    yield logged
+            finally:
+                self.sampler.drop()
             if self.tracker is not None:
                 with self._phase("figures and artifacts"):
                     self._finish(self.tracker)
@@ -200,16 +206,16 @@ class Trainer:
         except Preempted:  # in the middle of rollouts: the weights are those of the step before
             self._save()
             raise
-        if self._evaluation_is_due(before.actions_generated) or self._done():
+        if self._evaluation_is_due(before, self.progress):
             metrics |= self._evaluate()
             self._keep_best(metrics)
         logged = self._log(metrics)
         with self.watchdog.phase("waiting for the others"):
             (ends,) = self.ranks.largest(self.preemption.requested)
-        if self.progress.step % self.config.save_every == 0 or self._done() or ends:
+        if self._checkpoint_is_due(self.progress) or ends:
             with self._phase("checkpoint"):
                 self._save()
-        if ends and not self._done():
+        if ends and not self._done(self.progress):
             raise Preempted
         return logged
 
@@ -224,8 +230,8 @@ class Trainer:
                     save_best(self.config.output_dir, self.agent, score, weights)
 
     def _whole_weights(self) -> dict[str, torch.Tensor] | None:
-        """In the main process, where the model's own are in shards; else None."""
-        return self.learner.weights() if self.ranks.sharded else None
+        """In the main process, where the agent's model has others or shards; else None."""
+        return self.learner.weights() if self.ranks.sharded or self._copied else None
 
     def _save(self) -> None:
         """A checkpoint, written by the main process from what all of them have; nothing before the first step."""
@@ -246,54 +252,51 @@ class Trainer:
             )
         self.ranks.wait()
 
-    def _evaluation_is_due(self, before: int) -> bool:
-        """After the step that began with `before` generated actions."""
-        if self.config.eval_actions is None:
-            return self.progress.step % self.config.eval_every == 0
-        return self.progress.actions_generated // self.config.eval_actions > before // self.config.eval_actions
+    def _evaluation_is_due(self, before: Progress, after: Progress) -> bool:
+        """Between two steps."""
+        every = self.config.eval_actions
+        if every is None:
+            return after.step % self.config.eval_every == 0 or self._done(after)
+        return after.actions_generated // every > before.actions_generated // every or self._done(after)
 
-    def _done(self) -> bool:
+    def _checkpoint_is_due(self, after: Progress) -> bool:
+        return after.step % self.config.save_every == 0 or self._done(after)
+
+    def _done(self, after: Progress) -> bool:
         budget = self.config.max_actions
-        spent = budget is not None and self.progress.actions_generated >= budget
-        return spent or self.progress.step >= self.config.steps
+        return after.step >= self.config.steps or (budget is not None and after.actions_generated >= budget)
 
     def _train_step(self, step: int) -> dict[str, float]:
-        timings, started, cpu = Timings(), time.perf_counter(), time.process_time()
-        questions = take_questions(self.questions, step - 1, self.config.questions_per_step, self.config.seed)
-        questions = questions[: questions_within(self.progress, self.config)]
+        started, cpu = time.perf_counter(), time.process_time()
         alone = self.ranks.count == 1  # else the others would wait for this process
         with self._phase("rollout"), self.preemption.droppable() if alone else nullcontext():
-            trees = collect(
-                self.task,
-                self.agent.policy,
-                self.agent.transcript,
-                self.ranks.mine(questions),
-                self.algorithm.explorer,
-                seed=self.config.seed,
-                step=step,
-                temperature=self.config.temperature,
-                timings=timings,
-                schedule=self.config.schedule,
-                repeats=self.ranks.mine(count_repeats(questions)),
-            )
+            trees, timings = self.sampler.trees(step, self.progress)
         collected = time.perf_counter()
         with self._phase("credit and selection"):
             self.scores.measure(trees)
             trees = self.ranks.gather(trees)
             credited = credit_trees(self.algorithm, trees)
+        generated = self.progress.actions_generated + sum(tree.actions_generated for tree in trees)
+        after = replace(self.progress, step=step, actions_generated=generated)
+        # Evaluations and checkpoints find the policy at rest: a resumed run has no rollouts under way either.
+        rests = self._evaluation_is_due(self.progress, after) or self._checkpoint_is_due(after)
+        ahead = self.config.one_step_off and not rests
+        if ahead:
+            self.sampler.begin(step + 1, after)
         cuts = [len(credited) * i // self.config.minibatches for i in range(self.config.minibatches + 1)]
-        with self._phase("update"), self.agent.resting():
+        with self._phase("update"), nullcontext() if ahead else self.agent.resting():
             updates = [self._update(credited, start, end) for start, end in itertools.pairwise(cuts)]
             learned = self.scores.learn(trees, cuts)
         updated = time.perf_counter()
+        with self._phase("rollout"):
+            self.sampler.wait()
+        waited = time.perf_counter()
         with self._phase("sync"):
             gap = self._sync()
         ended = time.perf_counter()
         self.last_tree = max(credited, key=lambda c: (np.ptp(c.advantages) > 0, c.tree.question.id))
-        generated = sum(tree.actions_generated for tree in trees)
-        self.progress = Progress(
-            step=step,
-            actions_generated=self.progress.actions_generated + generated,
+        self.progress = replace(
+            after,
             actions_trained=self.progress.actions_trained + sum(int(c.selected.sum()) for c in credited),
             seconds=self.progress.seconds + ended - started,
             tokens_trained=self.progress.tokens_trained + sum(map(trained_tokens, credited)),
@@ -307,17 +310,17 @@ class Trainer:
             **learned,
             "time/sample": timings.sample,
             "time/environment": timings.environment,
-            "time/rollout": collected - started,
+            "time/rollout": collected - started + waited - updated,
             "time/update": updated - collected,
-            "time/sync": ended - updated,
+            "time/sync": ended - waited,
             **gap,
         }
 
     def _sync(self) -> dict[str, float]:
         """Hand the new weights to the policy, and make sure that they arrived."""
         if self.agent.shares_weights:
-            # Every process samples from weights of its own: the very ones that it trains, or a copy of the shards.
-            self.agent.sync(self.learner.weights(everywhere=True) if self.ranks.sharded else None)
+            # Every process samples from weights of its own: the very ones that it trains, or a copy.
+            self.agent.sync(self.learner.weights(everywhere=True) if self._copied else None)
             return {}
         weights = self._whole_weights()
         if self._shares_servers:
@@ -349,6 +352,7 @@ class Trainer:
         """One optimiser step on the trees of a minibatch, normalised over them; this process' part of it."""
         grown_here = slice((self.ranks.index - start) % self.ranks.count, None, self.ranks.count)
         batch = trained_rows(self.algorithm, credited[start:end], grown_here)
+        self.sampler.check_fresh(batch)
         try:
             metrics = self.learner.update(batch, self.algorithm.clip_low, self.algorithm.clip_high)
         except NotFinite as error:
@@ -362,7 +366,7 @@ class Trainer:
         self._bad += 1
         self._not_finite += 1
         path = self.config.output_dir / BAD_BATCH.format(self.ranks.index)
-        torch.save([{name: torch.from_numpy(getattr(row, name)) for name in Row.__slots__} for row in batch], path)
+        torch.save([{name: torch.tensor(getattr(row, name)) for name in Row.__slots__} for row in batch], path)
         if self._bad >= self.config.bad_updates:
             raise CarlGymError(
                 f"{self._bad} optimiser steps in a row were not possible, the last one because {error}. The rows of "
@@ -374,7 +378,8 @@ class Trainer:
         """Held-out scores, sampled at the training temperature and greedy."""
         found: dict[str, float] = {}
         by_question: dict[str, list[object]] = {}
-        questions = self.eval_questions if self._done() else self.eval_questions[: self.config.curve_questions]
+        shown = None if self._done(self.progress) else self.config.curve_questions
+        questions = self.eval_questions[:shown]
         for name, temperature in (("sampled", self.config.temperature), ("greedy", 0.0)):
             if self.eval_questions:
                 with self._phase("evaluation"):
