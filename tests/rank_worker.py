@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from carl_gym.agents.agent import load_agent
+from carl_gym.training.adapter import Adapter
 from carl_gym.training.learner import Learner
 from carl_gym.training.ranks import Ranks, launched
 
@@ -19,10 +21,17 @@ torch.set_num_threads(1)
 
 
 def train(
-    ranks: Ranks, agent: Path, shares: Path, out: Path, *, checkpointing: bool = False, bf16: bool = False
+    ranks: Ranks,
+    agent: Path,
+    shares: Path,
+    out: Path,
+    *,
+    checkpointing: bool = False,
+    bf16: bool = False,
+    lora: bool = False,
 ) -> None:
     """`shares`: for every step a list of rows for each process. Leaves weights, optimiser and metrics behind."""
-    model = copy.deepcopy(load_agent(str(agent), device="cpu").model)
+    model = new_model(agent, lora)
     autocast = torch.bfloat16 if bf16 else None
     settings = {"batch_tokens": 700, "gradient_checkpointing": checkpointing, "autocast": autocast, "ranks": ranks}
     learner = Learner(model, learning_rate=1e-3, **settings)
@@ -31,7 +40,7 @@ def train(
         rows = [row for share in step for row in share] if ranks.count == 1 else step[ranks.index]
         found.append(learner.update(rows, 0.2, 0.2))
     weights, state = learner.weights(), learner.state()
-    again = Learner(copy.deepcopy(load_agent(str(agent), device="cpu").model), learning_rate=1e-3, ranks=ranks)
+    again = Learner(new_model(agent, lora), learning_rate=1e-3, ranks=ranks)
     again.load_state(ranks.agree(state))
     same = again.state()
     if ranks.is_main:
@@ -40,10 +49,20 @@ def train(
         out.with_suffix(".pickle").write_bytes(pickle.dumps(found))
 
 
+def new_model(agent: Path, lora: bool) -> PreTrainedModel:
+    model = copy.deepcopy(load_agent(str(agent), device="cpu").model)
+    if lora:
+        torch.manual_seed(0)
+        Adapter(model, rank=4, alpha=8.0)
+    return model
+
+
 if __name__ == "__main__":
     agent, shares, folder = map(Path, sys.argv[1:])
     ranks = launched("cpu")
     train(replace(ranks, sharded=False), agent, shares, folder / f"ddp-{ranks.count}")
     train(replace(ranks, sharded=True), agent, shares, folder / f"fsdp-{ranks.count}", checkpointing=True)
     train(replace(ranks, sharded=True), agent, shares, folder / f"bf16-{ranks.count}", bf16=True)
+    for kind, sharded in (("ddp", False), ("fsdp", True)):
+        train(replace(ranks, sharded=sharded), agent, shares, folder / f"{kind}-lora-{ranks.count}", lora=True)
     ranks.wait()

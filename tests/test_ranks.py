@@ -52,6 +52,7 @@ def alone(
     folder = tmp_path_factory.mktemp("alone")
     (folder / "rows.pickle").write_bytes(pickle.dumps(trees_of_rows))
     train(ALONE, tiny_agent_folder, folder / "rows.pickle", folder / "alone")
+    train(ALONE, tiny_agent_folder, folder / "rows.pickle", folder / "alone-lora", lora=True)
     return folder / "alone"
 
 
@@ -85,6 +86,11 @@ def test_processes_learn_what_one_would(processes, tiny_agent_folder, trees_of_r
             assert one.entropy == pytest.approx(other.entropy, rel=1e-4)
             assert one.gap == pytest.approx(other.gap, rel=1e-2, abs=1e-4)
             assert one.clip_fraction == pytest.approx(other.clip_fraction, abs=1e-2)
+    adapted = load_file(alone.with_name("alone-lora.safetensors"))
+    for kind in ("ddp-lora", "fsdp-lora"):
+        found = load_file(tmp_path / f"{kind}-{processes}.safetensors")
+        assert found.keys() == start.keys()
+        assert distance(found, adapted) <= 1e-2 * distance(start, adapted), kind
     rough = pickle.loads((tmp_path / f"bf16-{processes}.pickle").read_bytes())
     for one, other in zip(rough, metrics, strict=True):
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=0.2)

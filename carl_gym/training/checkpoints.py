@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,7 @@ def save_checkpoint(
     run_id: str,
     critic: Critic | None = None,
     weights: Mapping[str, torch.Tensor] | None = None,
+    also: Callable[[Path], None] | None = None,
     keep: int = 2,
 ) -> Path:
     """Write a checkpoint and drop all but the newest `keep`.
@@ -69,7 +70,8 @@ def save_checkpoint(
         optimizer: `Learner.state()`.
         run_id: MLflow's.
         critic: where one learns.
-        weights: the model's by name, where the agent's own are not whole.
+        weights: the model's by name, where the agent's own are others.
+        also: writes what else belongs into the folder.
         keep: how many checkpoints stay.
     """
     state = {
@@ -83,6 +85,8 @@ def save_checkpoint(
     final = output_dir / "checkpoints" / f"step-{progress.step:06d}"
     with _whole_or_absent(final) as folder:
         agent.save(folder, weights)
+        if also is not None:
+            also(folder)
         torch.save(state, folder / STATE_FILE)
     for old in checkpoints(output_dir)[:-keep]:
         shutil.rmtree(old)
@@ -115,7 +119,7 @@ def _whole_or_absent(final: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        for path in [*partial.iterdir(), partial]:
+        for path in [*partial.rglob("*"), partial]:
             _flush(path)
     except (OSError, RuntimeError, SafetensorError) as error:  # as Python, torch and safetensors put a full disk
         shutil.rmtree(partial, ignore_errors=True)

@@ -75,6 +75,11 @@ class TrainConfig:
     """Optimiser steps per training step, each on its share of the trees."""
     learning_rate: float = 3e-4
     """AdamW's, constant."""
+    lora_rank: int | None = None
+    """Train a LoRA adapter of this rank on all linear layers but the head, and leave the model's weights as they are.
+    It usually takes ten times the learning rate."""
+    lora_alpha: float | None = None
+    """The adapter counts alpha / rank times; twice the rank by default."""
     temperature: float = 1.0
     """Of sampling in training and in sampled evaluation."""
     schedule: Schedule = "ticks"
@@ -149,7 +154,7 @@ class TrainConfig:
         for name in ("shuffle_advantages", "one_step_off", "keep_best", "gradient_checkpointing", "bf16", "resume"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
-        for name in ("max_actions", "curve_questions", "eval_actions", "threads"):
+        for name in ("max_actions", "curve_questions", "eval_actions", "threads", "lora_rank"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1 where it is given, not {value}")
         for name in ("learning_rate", "temperature", "importance_cap", "max_grad_norm", "hang_seconds"):
@@ -158,8 +163,11 @@ class TrainConfig:
         for name, known in (("schedule", get_args(Schedule)), ("packing", get_args(Packing))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        if self.canary_tolerance is not None and not self.canary_tolerance > 0:
-            raise ConfigError(f"canary_tolerance must be a number above 0, not {self.canary_tolerance}")
+        for name in ("canary_tolerance", "lora_alpha"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be a number above 0 where it is given, not {value}")
+        if self.lora_alpha is not None and self.lora_rank is None:
+            raise ConfigError(f"lora_alpha {self.lora_alpha} is that of an adapter; give its lora_rank as well")
         for name in ("eval_questions", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}")

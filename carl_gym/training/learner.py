@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from carl_gym.agents.logprob_model import LogprobModel
 from carl_gym.agents.tree_attention import tree_attention
 from carl_gym.errors import CarlGymError
+from carl_gym.training.adapter import plain_weights
 from carl_gym.training.config import Packing
 from carl_gym.training.loss import ppo_clip, truncated_importance
 from carl_gym.training.packing import Batch, packs, padded, unique_tokens
@@ -56,7 +57,7 @@ class UpdateMetrics:
 
 
 class Learner:
-    """AdamW on a causal LM, with gradient accumulation over micro-batches of bounded size.
+    """AdamW on what learns of a causal LM, with gradient accumulation over micro-batches of bounded size.
 
     Several processes take one step together, each with rows of its own: the step is that of all rows.
 
@@ -110,7 +111,10 @@ class Learner:
         self.ranks = ranks
         self._spread = spread(self.model, ranks, autocast)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+            lr=learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=weight_decay,
         )
 
     def update(self, rows: Sequence[Row], clip_low: float, clip_high: float) -> UpdateMetrics | None:
@@ -169,8 +173,15 @@ class Learner:
         return UpdateMetrics(loss, clipped / weight, gap, entropy / trained, norm, tokens, needed)
 
     def weights(self, *, everywhere: bool = False) -> dict[str, torch.Tensor]:
-        """The model's parameters by name. Every process has to ask for them; the first one gets them, or all do."""
-        return whole_weights(self.model, keep=everywhere or self.ranks.is_main)
+        """The model's parameters by name, an adapter's added to them. Every process has to ask for them; the first one
+        gets them, or all do.
+        """
+        found = whole_weights(self.model, keep=everywhere or self.ranks.is_main)
+        return plain_weights(self.model.model, found) if found else found
+
+    def trained_weights(self) -> dict[str, torch.Tensor]:
+        """The parameters that learn, by name. Every process has to ask for them; the first one gets them."""
+        return whole_weights(self.model, keep=self.ranks.is_main, trained=True)
 
     def state(self) -> dict[str, Any]:
         """What the optimiser remembers, for `load_state`. Every process has to ask for it; the first one gets it."""

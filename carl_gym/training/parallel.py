@@ -8,7 +8,7 @@ processes: a loss that is a sum over all of them is to be multiplied by their nu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -35,8 +35,8 @@ def spread(module: LogprobModel, ranks: Ranks, compute: torch.dtype | None = Non
     """
     if ranks.count == 1:
         return module
-    mass = sum(float(parameter.detach().abs().sum(dtype=torch.float64)) for parameter in module.parameters())
-    highest, negative = ranks.largest(mass, -mass)
+    own = mass(module.parameters())
+    highest, negative = ranks.largest(own, -own)
     if not math.isclose(highest, -negative, rel_tol=1e-9):  # machines may add up differently
         raise PolicyError(
             f"the processes of this run loaded different weights of {type(module.model).__name__} (sums of sizes from "
@@ -79,20 +79,28 @@ def apart(module: nn.Module, *, last: bool) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def mass(tensors: Iterable[torch.Tensor]) -> float:
+    """Sum of sizes, in float64: tells weights apart from others of the same shapes."""
+    return sum(float(tensor.detach().abs().sum(dtype=torch.float64)) for tensor in tensors)
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor without its shards; every process has to ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_weights(module: LogprobModel, *, keep: bool) -> dict[str, torch.Tensor]:
+def whole_weights(module: LogprobModel, *, keep: bool, trained: bool = False) -> dict[str, torch.Tensor]:
     """The model's parameters by name, put together one by one; every process has to ask for them.
 
     Args:
         module: whose model.
         keep: whether this process wants them; an empty mapping otherwise.
+        trained: those alone that learn.
     """
     found = {}
     for name, parameter in module.model.named_parameters():
+        if trained and not parameter.requires_grad:
+            continue
         tensor = whole(parameter.detach())
         if keep:
             found[name] = tensor.cpu() if isinstance(parameter, DTensor) else tensor  # not a second model on the GPU

@@ -34,6 +34,7 @@ from carl_gym.files import write_json
 from carl_gym.tracking.curves import learning_curve
 from carl_gym.tracking.mlflow_tracker import MlflowTracker
 from carl_gym.tracking.tree_figure import draw_tree
+from carl_gym.training.adapter import Adapter
 from carl_gym.training.checkpoints import Progress, checkpoints, load_checkpoint, save_best, save_checkpoint
 from carl_gym.training.config import MAY_CHANGE, TrainConfig, check_output_dir, claim_output_dir
 from carl_gym.training.credited import CreditedTree, credit_trees, trained_rows
@@ -83,9 +84,12 @@ class Trainer:
         self.algorithm = config.make_algorithm()
         if self.ranks.count > 1 and "critic" in self.algorithm.requires:
             raise ConfigError(f"algorithm {self.algorithm.name!r} has a critic, which learns in one process only")
+        if config.lora_rank and "critic" in self.algorithm.requires:
+            raise ConfigError(f"algorithm {self.algorithm.name!r} has a critic, which lora_rank has no form for")
         self.task, self.questions, self.eval_task, self.eval_questions = load_data(config)
         saved = self.ranks.agree(checkpoints(config.output_dir) if config.resume else [])
-        self.agent = self._load_agent(str(saved[-1]) if saved else config.agent)
+        # An adapter goes on from the weights that it was put on, and not from those with itself added.
+        self.agent = self._load_agent(str(saved[-1]) if saved and not config.lora_rank else config.agent)
         if self.agent.model is None:
             raise ConfigError(
                 f"agent {config.agent!r} is hosted (backend {self.agent.card.backend}) and has no weights here to "
@@ -106,8 +110,13 @@ class Trainer:
             )
         # The transformers policy needs whole weights to sample from, and others than those that learn while it does.
         self._copied = self.agent.shares_weights and (self.ranks.sharded or config.one_step_off)
+        model = copy.deepcopy(self.agent.model) if self._copied else self.agent.model
+        self.adapter: Adapter | None = None
+        if config.lora_rank:
+            alpha = config.lora_alpha or 2.0 * config.lora_rank
+            self.adapter = Adapter(model, config.lora_rank, alpha, saved[-1] if saved else None)
         self.learner = Learner(
-            copy.deepcopy(self.agent.model) if self._copied else self.agent.model,
+            model,
             learning_rate=config.learning_rate,
             temperature=config.temperature,
             max_grad_norm=config.max_grad_norm,
@@ -121,6 +130,8 @@ class Trainer:
         on_gpu = self.agent.model.device.type == "cuda"
         self.profiler = Profiler(profile and self.ranks.is_main, synchronize=torch.cuda.synchronize if on_gpu else None)
         self.scores = TreeScores(self.algorithm, config, self.task, self.questions, self.agent)
+        if saved and self.adapter and (self._copied or not self.agent.shares_weights):
+            self._hand_over()  # the policy was loaded without it
         self.progress = (
             load_checkpoint(saved[-1], self.agent, self.learner, self.scores.critic) if saved else Progress()
         )
@@ -230,8 +241,8 @@ class Trainer:
                     save_best(self.config.output_dir, self.agent, score, weights)
 
     def _whole_weights(self) -> dict[str, torch.Tensor] | None:
-        """In the main process, where the agent's model has others or shards; else None."""
-        return self.learner.weights() if self.ranks.sharded or self._copied else None
+        """In the main process, where the agent's model has others, an adapter or shards; else None."""
+        return self.learner.weights() if self.ranks.sharded or self._copied or self.adapter else None
 
     def _save(self) -> None:
         """A checkpoint, written by the main process from what all of them have; nothing before the first step."""
@@ -239,6 +250,7 @@ class Trainer:
             return
         self._saved = self.progress.step
         weights, state = self._whole_weights(), self.learner.state()
+        trained = self.learner.trained_weights() if self.adapter else {}
         if self.tracker is not None:
             save_checkpoint(
                 self.config.output_dir,
@@ -248,6 +260,7 @@ class Trainer:
                 self.tracker.run_id,
                 critic=self.scores.critic,
                 weights=weights,
+                also=functools.partial(self.adapter.save, trained) if self.adapter else None,
                 keep=self.config.keep,
             )
         self.ranks.wait()
@@ -318,10 +331,16 @@ class Trainer:
 
     def _sync(self) -> dict[str, float]:
         """Hand the new weights to the policy, and make sure that they arrived."""
+        self._hand_over()
+        if self.canary is None:
+            return {}
+        return {"update/canary_gap": self.canary.check(self.agent.policy, self.learner.model)}
+
+    def _hand_over(self) -> None:
         if self.agent.shares_weights:
             # Every process samples from weights of its own: the very ones that it trains, or a copy.
             self.agent.sync(self.learner.weights(everywhere=True) if self._copied else None)
-            return {}
+            return
         weights = self._whole_weights()
         if self._shares_servers:
             if self.ranks.is_main:
@@ -331,8 +350,6 @@ class Trainer:
                 self.agent.follow(label)
         else:
             self.agent.sync(weights)
-        assert self.canary is not None
-        return {"update/canary_gap": self.canary.check(self.agent.policy, self.learner.model)}
 
     def _canary(self) -> Canary:
         """Checked once at the start: the policy may have other weights, or another dtype, than it should."""
