@@ -15,6 +15,7 @@ from carl_gym.agents import vllm_engine
 from carl_gym.agents.policy import SampleRequest
 from carl_gym.agents.vllm_server_policy import FAULTS, VllmServerPolicy
 from carl_gym.envs.protocol import STOP_STRINGS
+from carl_gym.envs.state import EnvState
 from carl_gym.errors import PolicyError
 
 TAGS = tag_tokenizer()
@@ -192,6 +193,14 @@ def test_prefixes_stay_with_a_server_and_none_is_overloaded(server: FakeServer) 
         for _ in range(3):  # one after the other: nothing is in flight, so each goes where its prefix is
             client.sample([SampleRequest([7, 7, 7], seed=0, max_tokens=20)])
         assert sorted(len(prefixes) for prefixes in seen) == [0, 0, 3]
+        for prefixes in seen:
+            prefixes.clear()
+        prompt = [7] * 80  # a chat's, that all questions begin with: a question decides where its rollouts go
+        for number in range(12):
+            for action in range(2):
+                client.sample([SampleRequest([*prompt, action], number, max_tokens=20, state=EnvState(f"q{number}"))])
+        assert sum(map(len, seen)) == 24
+        assert all(len(prefixes) % 2 == 0 for prefixes in seen) and sum(map(bool, seen)) > 1
         for prefixes in seen:
             prefixes.clear()
         client.sample([SampleRequest([7, 7, 7], seed=seed, max_tokens=20) for seed in range(90)])

@@ -42,7 +42,7 @@ FAULTS = 5
 _NOTICE = 10.0
 """Seconds of waiting for servers before a warning says so."""
 _HEAD = 64
-"""Requests that share so many tokens go to the same server, where their prefix is cached."""
+"""Requests of no known question that share so many tokens go to the same server, where their prefix is cached."""
 _SPARE = 1.25
 """A server gets at most this multiple of its fair share of what is in flight (Mirrokni et al., arXiv 1608.01350)."""
 _POLL = 0.002
@@ -276,19 +276,20 @@ class VllmServerPolicy:
 
     async def _sample(self, request: SampleRequest) -> Completion:
         payload = vllm_engine.generate_payload(request, self.stop, self._eos)
-        sampled = await self._ask(request.prefix, payload, vllm_engine.read_sampled)
+        home = request.state.question_id.encode() if request.state else _head(request.prefix)
+        sampled = await self._ask(home, payload, vllm_engine.read_sampled)
         return completion(sampled, request, self.tokenizer, self.stop, self._eos)
 
     async def _score(self, sequence: Sequence[int], start: int) -> np.ndarray:
         payload = vllm_engine.score_payload(sequence)
-        found = await self._ask(sequence, payload, lambda body: vllm_engine.read_scores(body, sequence))
+        found = await self._ask(_head(sequence), payload, lambda body: vllm_engine.read_scores(body, sequence))
         return np.array(found[start - 1 :])
 
-    async def _ask(self, prefix: Sequence[int], payload: Mapping[str, Any], read: Any) -> Any:
+    async def _ask(self, home: bytes, payload: Mapping[str, Any], read: Any) -> Any:
         """One request, answered by current weights. A server that is not there costs nothing; failed answers count."""
         faults: list[str] = []
         while len(faults) < FAULTS:
-            server = await self._pick(prefix)
+            server = await self._pick(home)
             label = self._label
             server.in_flight += 1
             try:
@@ -308,11 +309,13 @@ class VllmServerPolicy:
             self._distrust(server, fault)
         raise PolicyError(f"vLLM servers gave {FAULTS} wrong answers to one request: " + "; ".join(faults))
 
-    async def _pick(self, prefix: Sequence[int]) -> _Server:
-        """The server that holds this prefix, or the next in line when it has more than its share of the work."""
+    async def _pick(self, home: bytes) -> _Server:
+        """The server where what has this home is cached, or the next in line when it has more than its share of work.
+
+        Rollouts of a question are at home together: chat prompts of different questions begin alike for long.
+        """
         up = await self._until_up()
-        head = array("q", prefix[:_HEAD]).tobytes()
-        order = sorted(up, key=lambda server: hashlib.blake2b(head + server.url.encode()).digest())
+        order = sorted(up, key=lambda server: hashlib.blake2b(home + server.url.encode()).digest())
         share = _SPARE * (1 + sum(server.in_flight for server in up)) / len(up)
         return next((server for server in order if server.in_flight < share), order[0])
 
@@ -434,6 +437,10 @@ class VllmServerPolicy:
     def _check_key(self, server: _Server, response: aiohttp.ClientResponse) -> None:
         if response.status == 401:
             raise PolicyError(f"{server.url} asks for an API key; {key_advice(server.url, trusted=self._trusted)}")
+
+
+def _head(prefix: Sequence[int]) -> bytes:
+    return array("q", prefix[:_HEAD]).tobytes()
 
 
 def _take(answers: queue.SimpleQueue[T], seconds: float) -> list[T]:
