@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,14 +25,22 @@ from carl_gym.harmless import visible
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run a command; an error that carl-gym raises on purpose is printed without a traceback, with exit code 2."""
+    """Run a command; an error that carl-gym raises on purpose, and a full disk, is printed without a traceback, with
+    exit code 2."""
     try:
         command()
     except CarlGymError as error:
-        # A Text and no markup: messages hold square brackets of their own.
-        message = Text.assemble(("error:", "bold red"), f" {error}")
-        Console(stderr=True).print(message, soft_wrap=True, highlight=False)
-        sys.exit(2)
+        reason = str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = f"{error}. Make room, and start the command again (with --resume, where it has that)"
+    else:
+        return
+    # A Text and no markup: messages hold square brackets of their own.
+    message = Text.assemble(("error:", "bold red"), f" {visible(reason)}")
+    Console(stderr=True).print(message, soft_wrap=True, highlight=False)
+    sys.exit(2)
 
 
 def shown(text: str) -> Text:

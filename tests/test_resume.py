@@ -154,18 +154,57 @@ def test_a_line_of_the_metrics_that_was_cut_off_is_dropped(tiny_agent_folder, tm
     check(tmp_path / "run", whole, uri)
 
 
-@pytest.mark.parametrize("content", [b"", b"half of a", None])
-def test_a_checkpoint_that_cannot_be_read_is_an_error_that_says_what_to_do(content, tiny_agent_folder, tmp_path, uri):
+@pytest.mark.parametrize(
+    ("name", "said"), [("model.safetensors", r"model\.safetensors has other contents"), ("files.json", "")]
+)
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before_it(name, said, tiny_agent_folder, tmp_path, whole, uri):
+    options = {"tracking_uri": uri, "save_every": 1}
+    folder, run = tmp_path / "run", Trainer(config(tiny_agent_folder, tmp_path / "run", **options)).run()
+    assert len(list(itertools.islice(run, 4))) == 4  # steps 2 and 3 are saved
+    run.close()
+    flip_a_bit(last_checkpoint(folder) / name)
+    with pytest.warns(UserWarning, match=rf"step-000003 is damaged \({said}.*goes on from step-000002.*damaged-step"):
+        again = list(Trainer(config(tiny_agent_folder, folder, resume=True, **options)).run())
+    assert [row["step"] for row in again] == [3, 4]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "damaged-step-000003",
+        "step-000003",
+        "step-000004",
+    ]
+    check(folder, whole, uri)
+
+
+def test_without_a_whole_checkpoint_nothing_is_touched(tiny_agent_folder, tmp_path, uri):
     start(tiny_agent_folder, tmp_path / "run", uri, 3)
     state = last_checkpoint(tmp_path / "run") / "trainer.pt"
-    if content is None:
-        state.write_bytes(state.read_bytes()[:-1000])
-    else:
-        state.write_bytes(content)
+    state.write_bytes(state.read_bytes()[:-1000])
     rows = metrics(tmp_path / "run")
-    with pytest.raises(DataError, match="delete it to resume from an older one"):
+    with pytest.raises(DataError, match=r"step-000002: trainer.pt has .* bytes, and had .*delete them to begin anew"):
         resume(tiny_agent_folder, tmp_path / "run", uri)
     assert metrics(tmp_path / "run") == rows
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+
+
+@pytest.mark.parametrize("content", [b"", b"half of a", None])
+def test_a_checkpoint_without_checksums_that_cannot_be_read_is_an_error(content, tiny_agent_folder, tmp_path, uri):
+    """As older versions wrote them."""
+    start(tiny_agent_folder, tmp_path / "run", uri, 3)
+    state = last_checkpoint(tmp_path / "run") / "trainer.pt"
+    state.with_name("files.json").unlink()
+    state.write_bytes(state.read_bytes()[:-1000] if content is None else content)
+    rows = metrics(tmp_path / "run")
+    with (
+        pytest.warns(UserWarning, match="without checksums"),
+        pytest.raises(DataError, match="delete it to resume from an older one"),
+    ):
+        resume(tiny_agent_folder, tmp_path / "run", uri)
+    assert metrics(tmp_path / "run") == rows
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 # -- a real process, killed for real ---------------------------------------------------------------

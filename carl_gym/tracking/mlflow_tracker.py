@@ -1,5 +1,5 @@
 """A training run in MLflow. The trainer calls `log_step` after every step; a killed run that is resumed goes on
-in the same MLflow run and logs no metric of a step a second time.
+in the same MLflow run and logs no metric of a step a second time. A store that fails in between is caught up with.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import math
 import os
 import subprocess
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -19,6 +21,7 @@ from filelock import FileLock
 
 from carl_gym.errors import CarlGymError, ConfigError
 from carl_gym.paths import PACKAGE
+from carl_gym.tracking.backlog import PATIENCE, Backlog
 
 MAX_PARAM_CHARS = 6000
 """MLflow's limit for the text of a parameter; it would cut longer ones."""
@@ -33,6 +36,10 @@ class MlflowTracker:
     them or none. Stores without that guarantee are covered too: what a resumed run already holds is looked up per
     metric, and a step that is done again adds only what is missing. The first value logged stands.
 
+    A store that cannot be used at construction is an error. From then on, what the store does not take is kept and
+    tried again (see `Backlog`), with a warning. What it still lacks when the process ends, `log_rows` adds when the run
+    is resumed.
+
     Args:
         tracking_uri: where MLflow stores runs. None: the environment variable MLFLOW_TRACKING_URI, else an SQLite
             file `mlflow.db` in the folder that holds `output_dir`, with the artifacts in `mlartifacts` beside it.
@@ -44,7 +51,8 @@ class MlflowTracker:
         run_id: resume this run instead of starting one.
 
     Raises:
-        ConfigError: no such store, the run to resume is not in it or had other parameters, or a parameter is too long.
+        ConfigError: no such store, or it does not answer; the run to resume is not in it or had other parameters; or a
+            parameter is too long.
     """
 
     def __init__(
@@ -59,12 +67,14 @@ class MlflowTracker:
         run_id: str | None = None,
     ) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read once, when mlflow is imported
+        for name, value in PATIENCE.items():
+            os.environ.setdefault(name, value)
         from mlflow import MlflowClient
         from mlflow.entities import Param, RunTag
         from mlflow.exceptions import MlflowException
 
-        for chatty in ("mlflow.store.db.utils", "alembic"):  # they narrate the creation of the database
-            logging.getLogger(chatty).setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # it narrates the creation of the database
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # and this what it raises as well
         texts = {name: str(value) for name, value in flatten(params).items()}
         for name, text in texts.items():
             if len(text) > MAX_PARAM_CHARS:
@@ -77,23 +87,23 @@ class MlflowTracker:
             with self._creation_lock():
                 self._client = MlflowClient(tracking_uri=self.uri)
                 experiment_id = self._experiment_id(experiment)
+            if run_id is None:
+                run_id = self._client.create_run(experiment_id, run_name=run_name).info.run_id
+                self._last_step: dict[str, int] = {}
+                missing = texts
+            else:
+                self._last_step, missing = self._resume(run_id, texts)
+            self.run_id = run_id
+            self._client.log_batch(run_id, tags=[RunTag(*tag) for tag in {**git_tags(), **(tags or {})}.items()])
+            new = [Param(*param) for param in missing.items()]
+            for start in range(0, len(new), PARAMS_PER_BATCH):
+                self._client.log_batch(run_id, params=new[start : start + PARAMS_PER_BATCH])
         except (OSError, MlflowException) as error:
             raise ConfigError(
-                f"MLflow cannot use the store {self.uri!r} or the experiment {experiment!r} in it: {error}; pass "
-                "another --tracking-uri or --experiment"
+                f"MLflow cannot use the store {self.uri!r} or the experiment {experiment!r} in it: {error}; is it up? "
+                "Else pass another --tracking-uri or --experiment"
             ) from error
-        if run_id is None:
-            run = self._client.create_run(experiment_id, run_name=run_name)
-            self.run_id: str = run.info.run_id
-            self._last_step: dict[str, int] = {}
-            missing = texts
-        else:
-            self.run_id = run_id
-            self._last_step, missing = self._resume(texts)
-        self._client.log_batch(self.run_id, tags=[RunTag(*tag) for tag in {**git_tags(), **(tags or {})}.items()])
-        new = [Param(*param) for param in missing.items()]
-        for start in range(0, len(new), PARAMS_PER_BATCH):
-            self._client.log_batch(self.run_id, params=new[start : start + PARAMS_PER_BATCH])
+        self._backlog = Backlog(self.uri)
 
     @property
     def ui_command(self) -> str:
@@ -125,23 +135,34 @@ class MlflowTracker:
             if step > self._last_step.get(name, -1)
         ]
         if fresh:
-            self._client.log_batch(self.run_id, metrics=fresh)
+            # Values keep their time when they are sent again, so that MLflow knows them for the same.
+            self._backlog.add(f"step {step}", partial(self._client.log_batch, self.run_id, metrics=fresh))
             self._last_step.update((metric.key, step) for metric in fresh)
+
+    def log_rows(self, rows: Iterable[Mapping[str, float]]) -> None:
+        """Log the steps of an earlier process (metrics with their "step") that the store lacks."""
+        for row in rows:
+            self.log_step(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Copy a file, or a folder with all that is in it, into the run's artifacts, under `folder` when given."""
-        if path.is_dir():
-            self._client.log_artifacts(self.run_id, str(path), folder)
-        else:
-            self._client.log_artifact(self.run_id, str(path), folder)
+        log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+        self._backlog.add(path.name, partial(log, self.run_id, str(path), folder))
 
     def log_dict(self, content: Mapping[str, object], name: str) -> None:
         """Write a mapping (the configuration, a resolved card) as the artifact `name`, ending in .json or .yaml."""
-        self._client.log_dict(self.run_id, dict(content), name)
+        self._backlog.add(name, partial(self._client.log_dict, self.run_id, dict(content), name))
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """Close the run. A run that is killed for good stays RUNNING in MLflow until it is resumed."""
-        self._client.set_terminated(self.run_id, status)
+        self._backlog.add(f"the status {status}", partial(self._client.set_terminated, self.run_id, status))
+        if status == "FINISHED":  # else the process may have little time left
+            self._backlog.flush()
+        if lacking := self._backlog.lacking:
+            warnings.warn(
+                f"{lacking}. It is in the run's folder; when the store is back, the same command with --resume adds it",
+                stacklevel=2,
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -171,15 +192,15 @@ class MlflowTracker:
         beside = Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts" if is_file else None
         return self._client.create_experiment(name, artifact_location=beside.as_uri() if beside else None)
 
-    def _resume(self, texts: Mapping[str, str]) -> tuple[dict[str, int], dict[str, str]]:
+    def _resume(self, run_id: str, texts: Mapping[str, str]) -> tuple[dict[str, int], dict[str, str]]:
         """Reopen the run: the last logged step of every metric, and the parameters that the run lacks."""
         from mlflow.exceptions import MlflowException
 
         try:
-            data = self._client.get_run(self.run_id).data
+            data = self._client.get_run(run_id).data
         except MlflowException as error:
             raise ConfigError(
-                f"cannot resume MLflow run {self.run_id!r} in {self.uri}: {error}; pass the --tracking-uri that the "
+                f"cannot resume MLflow run {run_id!r} in {self.uri}: {error}; pass the --tracking-uri that the "
                 "run was started with, or start a new run in another output directory"
             ) from error
         changed = [
@@ -189,13 +210,12 @@ class MlflowTracker:
         ]
         if changed:
             raise ConfigError(
-                f"MLflow run {self.run_id} was started with other parameters ({'; '.join(changed)}); resume with "
+                f"MLflow run {run_id} was started with other parameters ({'; '.join(changed)}); resume with "
                 "the same ones, or start a new run in another output directory"
             )
-        self._client.update_run(self.run_id, status="RUNNING")
+        self._client.update_run(run_id, status="RUNNING")
         last_step = {
-            name: max(metric.step for metric in self._client.get_metric_history(self.run_id, name))
-            for name in data.metrics
+            name: max(metric.step for metric in self._client.get_metric_history(run_id, name)) for name in data.metrics
         }
         return last_step, {name: text for name, text in texts.items() if name not in data.params}
 

@@ -1,6 +1,6 @@
 """Checkpoints that are whole or absent: written beside, flushed, then renamed into place.
 
-<output_dir>/checkpoints/step-000010/   the agent (usable on its own) and trainer.pt
+<output_dir>/checkpoints/step-000010/   the agent (usable on its own), trainer.pt, and files.json (see `manifest`)
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from carl_gym.errors import DataError
 from carl_gym.files import write_json
 from carl_gym.training.critic import Critic
 from carl_gym.training.learner import Learner
+from carl_gym.training.manifest import write_manifest
 
 STATE_FILE = "trainer.pt"
 BEST_FOLDER = "best"
@@ -119,6 +120,7 @@ def _whole_or_absent(final: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        write_manifest(partial)
         for path in [*partial.rglob("*"), partial]:
             _flush(path)
     except (OSError, RuntimeError, SafetensorError) as error:  # as Python, torch and safetensors put a full disk

@@ -40,6 +40,7 @@ from carl_gym.training.config import MAY_CHANGE, TrainConfig, check_output_dir, 
 from carl_gym.training.credited import CreditedTree, credit_trees, trained_rows
 from carl_gym.training.instruments import instrumented
 from carl_gym.training.learner import Learner, NotFinite, UpdateMetrics
+from carl_gym.training.manifest import without_damaged
 from carl_gym.training.metrics import rollout_metrics, trained_tokens, update_metrics
 from carl_gym.training.preemption import Preempted, Preemption
 from carl_gym.training.profile_report import write_profile
@@ -87,7 +88,8 @@ class Trainer:
         if config.lora_rank and "critic" in self.algorithm.requires:
             raise ConfigError(f"algorithm {self.algorithm.name!r} has a critic, which lora_rank has no form for")
         self.task, self.questions, self.eval_task, self.eval_questions = load_data(config)
-        saved = self.ranks.agree(checkpoints(config.output_dir) if config.resume else [])
+        resumes = config.resume and self.ranks.is_main
+        saved = self.ranks.agree(without_damaged(checkpoints(config.output_dir)) if resumes else [])
         # An adapter goes on from the weights that it was put on, and not from those with itself added.
         self.agent = self._load_agent(str(saved[-1]) if saved and not config.lora_rank else config.agent)
         if self.agent.model is None:
@@ -141,6 +143,8 @@ class Trainer:
         self.canary = None if self.agent.shares_weights else self._canary()
         self.tracker = self._tracker() if self.ranks.is_main else None
         self.history: list[dict[str, float]] = self.ranks.agree(self._kept_history() if self.ranks.is_main else [])
+        if self.tracker is not None:
+            self.tracker.log_rows(self.history)  # where the store lacks any
         self.last_tree: CreditedTree | None = None
 
     def _load_agent(self, name: str) -> Agent:
