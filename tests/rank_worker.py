@@ -41,7 +41,11 @@ def train(
         found.append(learner.update(rows, 0.2, 0.2))
     weights, state = learner.weights(), learner.state()
     again = Learner(new_model(agent, lora), learning_rate=1e-3, ranks=ranks)
-    again.load_state(ranks.agree(state))
+    if ranks.sharded:
+        learner.write_shards(out.with_suffix(".shards"))
+        again.read_shards(out.with_suffix(".shards"))
+    else:
+        again.load_state(ranks.agree(state))
     same = again.state()
     if ranks.is_main:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out.with_suffix(".safetensors"))

@@ -149,13 +149,16 @@ def test_too_many_in_a_row_end_the_run(tiny_agent_folder, tmp_path, monkeypatch)
 # -- a full disk -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "trainer.pt"])
+@pytest.mark.parametrize(
+    ("file", "background"), [("model.safetensors", False), ("trainer.pt", False), ("trainer.pt", True)]
+)
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
-    file, tiny_agent_folder, tmp_path, whole, monkeypatch
+    file, background, tiny_agent_folder, tmp_path, whole, monkeypatch
 ):
-    trainer = Trainer(config(tiny_agent_folder, tmp_path / "run"))
+    trainer = Trainer(config(tiny_agent_folder, tmp_path / "run", background_saves=background))
     run, save = trainer.run(), Trainer._save
     assert len(list(itertools.islice(run, 3))) == 3  # step 2 is saved
+    trainer.saver.settle()
 
     def save_on_a_full_disk(self: Trainer) -> None:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -163,6 +166,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
         try:
             save(self)
+            self.saver.settle()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 

@@ -98,6 +98,18 @@ def test_a_run_may_be_stopped_many_times(tiny_agent_folder, tmp_path, whole, uri
     check(tmp_path / "run", whole, uri)
 
 
+def test_checkpoints_written_beside_training_are_the_same(tiny_agent_folder, tmp_path, whole, uri):
+    """Steps 1, 2 and 3 go on while the checkpoint before is written; the run is resumed from one of them."""
+    options = {"tracking_uri": uri, "background_saves": True, "save_every": 1}
+    for metric in Trainer(config(tiny_agent_folder, tmp_path / "run", **options)).run():
+        if metric["step"] == 3:
+            break
+    assert last_checkpoint(tmp_path / "run").name == "step-000003"
+    list(Trainer(config(tiny_agent_folder, tmp_path / "run", resume=True, **options)).run())
+    assert same_training(tmp_path / "run", whole)
+    assert not list((tmp_path / "run" / "checkpoints").glob(".partial*"))
+
+
 def test_resuming_a_finished_run_changes_nothing(tiny_agent_folder, whole, uri):
     before = weights(last_checkpoint(whole))
     assert resume(tiny_agent_folder, whole, uri) == []

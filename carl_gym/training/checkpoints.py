@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,10 @@ from carl_gym.training.learner import Learner
 from carl_gym.training.manifest import write_manifest
 
 STATE_FILE = "trainer.pt"
+SHARDS = "optimizer"
+"""Folder of the optimiser's state where it is sharded; else it is in the file."""
+UNWRITABLE = (OSError, RuntimeError, SafetensorError)
+"""How Python, torch and safetensors put a full disk."""
 BEST_FOLDER = "best"
 BEST_FILE = "score.json"
 
@@ -51,31 +54,19 @@ class Progress:
     cpu_seconds: float = 0.0
 
 
-def save_checkpoint(
-    output_dir: Path,
-    progress: Progress,
-    agent: Agent,
-    optimizer: Mapping[str, Any],
-    run_id: str,
-    critic: Critic | None = None,
-    weights: Mapping[str, torch.Tensor] | None = None,
-    also: Callable[[Path], None] | None = None,
-    keep: int = 2,
-) -> Path:
-    """Write a checkpoint and drop all but the newest `keep`.
+def trainer_state(
+    progress: Progress, agent: Agent, optimizer: Mapping[str, Any], run_id: str, critic: Critic | None = None
+) -> dict[str, Any]:
+    """What a run goes on with, beside its agent.
 
     Args:
-        output_dir: of the run.
         progress: where it stands.
-        agent: with the model that trained.
-        optimizer: `Learner.state()`.
+        agent: whose policy has a version.
+        optimizer: `Learner.state()`, or nothing where it is in shards.
         run_id: MLflow's.
         critic: where one learns.
-        weights: the model's by name, where the agent's own are others.
-        also: writes what else belongs into the folder.
-        keep: how many checkpoints stay.
     """
-    state = {
+    return {
         "progress": [getattr(progress, name) for name in Progress.__slots__],
         "optimizer": optimizer,
         "rng": torch.get_rng_state(),
@@ -83,55 +74,58 @@ def save_checkpoint(
         "run_id": run_id,
         "critic": critic.state_dict() if critic else None,
     }
-    final = output_dir / "checkpoints" / f"step-{progress.step:06d}"
-    with _whole_or_absent(final) as folder:
-        agent.save(folder, weights)
-        if also is not None:
-            also(folder)
-        torch.save(state, folder / STATE_FILE)
-    for old in checkpoints(output_dir)[:-keep]:
-        shutil.rmtree(old)
-    return final
 
 
 def save_best(
     output_dir: Path, agent: Agent, score: Mapping[str, float], weights: Mapping[str, torch.Tensor] | None = None
 ) -> Path:
-    """Write the agent, usable on its own, with the score that made it the best so far; drop the one before."""
+    """Write the agent, usable on its own, with the score that made it the best so far; drop the one before.
+
+    Raises:
+        DataError: it cannot be written; then nothing of it is left, and the one before still is there.
+    """
     final = output_dir / BEST_FOLDER / f"step-{int(score['step']):06d}"
-    with _whole_or_absent(final) as folder:
-        agent.save(folder, weights)
-        write_json(folder / BEST_FILE, dict(score))
+    partial = fresh_folder(final)
+    try:
+        agent.save(partial, weights)
+        write_json(partial / BEST_FILE, dict(score))
+        put_in_place(partial, final)
+    except UNWRITABLE as error:
+        raise cannot_write(partial, final, error) from error
     for old in final.parent.glob("step-*"):
         if old != final:
             shutil.rmtree(old)
     return final
 
 
-@contextmanager
-def _whole_or_absent(final: Path) -> Iterator[Path]:
-    """A folder to write into, which takes its place once everything in it is on the disk.
-
-    Raises:
-        DataError: it cannot be written; then nothing of it is left, and what was there before still is.
-    """
+def fresh_folder(final: Path) -> Path:
+    """A new folder to write into what is to be `final`. Raises DataError."""
     partial = final.with_name(f".partial-{final.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        yield partial
-        write_manifest(partial)
-        for path in [*partial.rglob("*"), partial]:
-            _flush(path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # as Python, torch and safetensors put a full disk
-        shutil.rmtree(partial, ignore_errors=True)
-        raise DataError(
-            f"{final} cannot be written ({error}). Make room, and go on from the checkpoint before with --resume"
-        ) from error
+    except UNWRITABLE as error:
+        raise cannot_write(partial, final, error) from error
+    return partial
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Give a folder its place, once everything in it is on the disk."""
+    write_manifest(partial)
+    for path in [*partial.rglob("*"), partial]:
+        _flush(path)
     if final.exists():
         shutil.rmtree(final)
     os.replace(partial, final)
     _flush(final.parent)
+
+
+def cannot_write(partial: Path, final: Path, error: Exception) -> DataError:
+    """What to raise when it cannot be written; removes what there is of it."""
+    shutil.rmtree(partial, ignore_errors=True)
+    return DataError(
+        f"{final} cannot be written ({error}). Make room, and go on from the checkpoint before with --resume"
+    )
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -148,7 +142,10 @@ def load_checkpoint(folder: Path, agent: Agent, learner: Learner, critic: Critic
     try:
         # Mapped: several processes on a machine share what they read.
         state = torch.load(folder / STATE_FILE, weights_only=True, mmap=True, map_location="cpu")
-        learner.load_state(state["optimizer"])
+        if (folder / SHARDS).is_dir():
+            learner.read_shards(folder / SHARDS)
+        else:
+            learner.load_state(state["optimizer"])
         if critic is not None:
             critic.load_state_dict(state["critic"])
         progress = Progress(*state["progress"])

@@ -22,7 +22,7 @@ Packing = Literal["tree", "rows"]
 CONFIG_FILE = "config.json"
 MAY_CHANGE = (
     "resume", "output_dir", "threads", "tracking_uri", "urls", "weights_dir", "save_every", "keep", "keep_best",
-    "bad_updates", "gradient_checkpointing", "hang_seconds",
+    "background_saves", "bad_updates", "gradient_checkpointing", "hang_seconds",
 )  # fmt: skip
 """Settings that a resumed run may give anew: they do not change what it computes."""
 
@@ -112,6 +112,8 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """Checkpoints that stay, the newest ones."""
+    background_saves: bool = False
+    """Write checkpoints beside the next steps, from a copy in memory."""
     keep_best: bool = False
     """Also keep the agent that scored best in an evaluation (sampled EM), in the folder `best`."""
     bad_updates: int = 3
@@ -151,7 +153,15 @@ class TrainConfig:
         ):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)!r}")
-        for name in ("shuffle_advantages", "one_step_off", "keep_best", "gradient_checkpointing", "bf16", "resume"):
+        for name in (
+            "shuffle_advantages",
+            "one_step_off",
+            "background_saves",
+            "keep_best",
+            "gradient_checkpointing",
+            "bf16",
+            "resume",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
         for name in ("max_actions", "curve_questions", "eval_actions", "threads", "lora_rank"):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from carl_gym.agents.logprob_model import LogprobModel
@@ -19,7 +22,16 @@ from carl_gym.training.adapter import plain_weights
 from carl_gym.training.config import Packing
 from carl_gym.training.loss import ppo_clip, truncated_importance
 from carl_gym.training.packing import Batch, packs, padded, unique_tokens
-from carl_gym.training.parallel import apart, load_optimiser_state, optimiser_state, spread, whole, whole_weights
+from carl_gym.training.parallel import (
+    apart,
+    load_optimiser_state,
+    optimiser_state,
+    read_shards,
+    spread,
+    whole,
+    whole_weights,
+    write_shards,
+)
 from carl_gym.training.ranks import ALONE, Ranks
 from carl_gym.training.segments import Row
 
@@ -186,6 +198,14 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """What the optimiser remembers, for `load_state`. Every process has to ask for it; the first one gets it."""
         return optimiser_state(self.model, self.optimizer)
+
+    def write_shards(self, folder: Path, group: ProcessGroup | None = None) -> Future[Any]:
+        """The same, each process its own part, into a folder that all see; see `parallel.write_shards`."""
+        return write_shards(self.model, self.optimizer, folder, group)
+
+    def read_shards(self, folder: Path) -> None:
+        """Go on with what was written so, by any number of processes."""
+        read_shards(self.model, self.optimizer, folder)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on with what another learner remembers, however many processes it had."""

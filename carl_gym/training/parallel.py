@@ -8,12 +8,16 @@ processes: a loss that is a sum over all of them is to be multiplied by their nu
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from carl_gym.agents.logprob_model import LogprobModel
@@ -116,6 +120,62 @@ def optimiser_state(module: LogprobModel, optimizer: torch.optim.Optimizer) -> d
     if not optimizer.state:
         return {}
     return get_optimizer_state_dict(module, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def write_shards(
+    module: LogprobModel, optimizer: torch.optim.Optimizer, folder: Path, group: ProcessGroup | None = None
+) -> Future[Any]:
+    """Every process writes its shards of what the optimiser remembers, as safetensors, which nothing unpickles.
+
+    Args:
+        module: that learns.
+        optimizer: of its parameters.
+        folder: for all processes the same.
+        group: through which they talk, when it is to be written beside other things, from a copy; it is written when
+            this returns otherwise.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import async_save, save
+
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    if group is not None:
+        saved = async_save(_moments(module, optimizer), storage_writer=writer, process_group=group)
+        assert isinstance(saved, Future)
+        return saved
+    done: Future[Any] = Future()
+    done.set_result(save(_moments(module, optimizer), storage_writer=writer))
+    return done
+
+
+def read_shards(module: LogprobModel, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """What `write_shards` wrote, by any number of processes, in shards or not."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    moments = _moments(module, optimizer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # alone, it is meant so
+        load(moments, storage_reader=HuggingFaceStorageReader(str(folder)))
+    settings = _flat_state(module, optimizer)
+    set_optimizer_state_dict(module, optimizer, optim_state_dict=settings | moments, options=_flat())
+
+
+def _moments(module: LogprobModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Tensors by name, in this process' shards."""
+    return {name: value for name, value in _flat_state(module, optimizer).items() if isinstance(value, torch.Tensor)}
+
+
+def _flat_state(module: LogprobModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    return dict(get_optimizer_state_dict(module, optimizer, options=_flat()))
+
+
+def _flat() -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def load_optimiser_state(module: LogprobModel, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -35,7 +35,7 @@ from carl_gym.tracking.curves import learning_curve
 from carl_gym.tracking.mlflow_tracker import MlflowTracker
 from carl_gym.tracking.tree_figure import draw_tree
 from carl_gym.training.adapter import Adapter
-from carl_gym.training.checkpoints import Progress, checkpoints, load_checkpoint, save_best, save_checkpoint
+from carl_gym.training.checkpoints import Progress, checkpoints, load_checkpoint
 from carl_gym.training.config import MAY_CHANGE, TrainConfig, check_output_dir, claim_output_dir
 from carl_gym.training.credited import CreditedTree, credit_trees, trained_rows
 from carl_gym.training.instruments import instrumented
@@ -48,6 +48,7 @@ from carl_gym.training.profiler import Profiler
 from carl_gym.training.questions import load_data
 from carl_gym.training.ranks import launched
 from carl_gym.training.sampler import Sampler
+from carl_gym.training.saver import Saver
 from carl_gym.training.scores import TreeScores
 from carl_gym.training.segments import Row
 from carl_gym.training.watchdog import Watchdog
@@ -117,6 +118,7 @@ class Trainer:
         if config.lora_rank:
             alpha = config.lora_alpha or 2.0 * config.lora_rank
             self.adapter = Adapter(model, config.lora_rank, alpha, saved[-1] if saved else None)
+        self._own_weights = not (self.ranks.sharded or self._copied or self.adapter)  # the agent's are those that learn
         self.learner = Learner(
             model,
             learning_rate=config.learning_rate,
@@ -136,6 +138,17 @@ class Trainer:
             self._hand_over()  # the policy was loaded without it
         self.progress = (
             load_checkpoint(saved[-1], self.agent, self.learner, self.scores.critic) if saved else Progress()
+        )
+        self.saver = Saver(
+            config.output_dir,
+            self.ranks,
+            self.agent,
+            self.learner,
+            own_weights=self._own_weights,
+            critic=self.scores.critic,
+            adapter=self.adapter,
+            keep=config.keep,
+            background=config.background_saves,
         )
         self._saved = self.progress.step
         self._bad = self._not_finite = 0  # optimiser steps that were not finite: in a row, and in all
@@ -190,6 +203,9 @@ class Trainer:
                     yield logged
             finally:
                 self.sampler.drop()
+                if self.ranks.count == 1:  # else another process may never get here
+                    self.saver.settle()
+            self.saver.settle()
             if self.tracker is not None:
                 with self._phase("figures and artifacts"):
                     self._finish(self.tracker)
@@ -216,10 +232,12 @@ class Trainer:
     def _step(self) -> dict[str, float]:
         """A training step, with evaluation and checkpoint where they are due."""
         before = self.progress
+        self.saver.settle(wait=False)
         try:
             metrics = self._train_step(self.progress.step + 1)
         except Preempted:  # in the middle of rollouts: the weights are those of the step before
             self._save()
+            self.saver.settle()
             raise
         if self._evaluation_is_due(before, self.progress):
             metrics |= self._evaluate()
@@ -231,6 +249,7 @@ class Trainer:
             with self._phase("checkpoint"):
                 self._save()
         if ends and not self._done(self.progress):
+            self.saver.settle()
             raise Preempted
         return logged
 
@@ -239,35 +258,14 @@ class Trainer:
         scores = [row[BEST_BY] for row in self.history if BEST_BY in row]
         if self.config.keep_best and BEST_BY in metrics and metrics[BEST_BY] > max(scores, default=-math.inf):
             with self._phase("checkpoint"):
-                weights = self._whole_weights()
-                if self.tracker is not None:
-                    score = {name: metrics[name] for name in ("step", BEST_BY)}
-                    save_best(self.config.output_dir, self.agent, score, weights)
-
-    def _whole_weights(self) -> dict[str, torch.Tensor] | None:
-        """In the main process, where the agent's model has others, an adapter or shards; else None."""
-        return self.learner.weights() if self.ranks.sharded or self._copied or self.adapter else None
+                self.saver.save_best({name: metrics[name] for name in ("step", BEST_BY)})
 
     def _save(self) -> None:
-        """A checkpoint, written by the main process from what all of them have; nothing before the first step."""
+        """A checkpoint; nothing before the first step."""
         if self.progress.step in (0, self._saved):
             return
         self._saved = self.progress.step
-        weights, state = self._whole_weights(), self.learner.state()
-        trained = self.learner.trained_weights() if self.adapter else {}
-        if self.tracker is not None:
-            save_checkpoint(
-                self.config.output_dir,
-                self.progress,
-                self.agent,
-                state,
-                self.tracker.run_id,
-                critic=self.scores.critic,
-                weights=weights,
-                also=functools.partial(self.adapter.save, trained) if self.adapter else None,
-                keep=self.config.keep,
-            )
-        self.ranks.wait()
+        self.saver.save(self.progress, self.tracker.run_id if self.tracker else "")
 
     def _evaluation_is_due(self, before: Progress, after: Progress) -> bool:
         """Between two steps."""
@@ -345,7 +343,7 @@ class Trainer:
             # Every process samples from weights of its own: the very ones that it trains, or a copy.
             self.agent.sync(self.learner.weights(everywhere=True) if self._copied else None)
             return
-        weights = self._whole_weights()
+        weights = None if self._own_weights else self.learner.weights()
         if self._shares_servers:
             if self.ranks.is_main:
                 self.agent.sync(weights)
