@@ -56,6 +56,18 @@ def test_equal_passages_keep_the_corpus_order_for_every_k(settings: DenseSetting
         assert retriever.search(["cats"], k).ids[0] == whole[:k]
 
 
+@pytest.mark.parametrize(("index", "search"), [("Flat", ""), ("IVF{nlist},Flat", "nprobe=4")])
+def test_more_equal_passages_than_faiss_is_asked_for_keep_the_order_too(
+    settings: DenseSettings, index: str, search: str
+) -> None:
+    """Of those that tie, FAISS drops the first when a better one comes after them."""
+    corpus = Corpus(Passage(f"p{i}", "a", "cats chase mice" if i < 200 else "dogs bark") for i in range(203))
+    retriever = Dense.build(corpus, replace(settings, index=index, search=search))
+    for k in (1, 3, 5, 30, 150, 203):
+        expected = [*range(200, 203), *range(200)][:k]
+        assert retriever.search(["a\ndogs bark"], k).ids == [[f"p{i}" for i in expected]]
+
+
 def test_no_query_and_one_passage(settings: DenseSettings) -> None:
     retriever = Dense.build(Corpus([Passage("only", "a", "b")]), settings)
     assert retriever.search([], 3) == ([], [])

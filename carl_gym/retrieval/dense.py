@@ -173,12 +173,22 @@ class Dense(Retriever):
         if not queries:
             return SearchResults([], [])
         vectors = self._ready().queries(queries)
-        scores, rows = self._index.search(vectors, min(k + _MARGIN, self._index.ntotal))
-        found = [_best(*pair, k) for pair in zip(scores, rows, strict=True)]
+        total = self._index.ntotal
+        wanted = min(k + _MARGIN, total)
+        found = self._nearest(vectors, wanted)
+        # FAISS cuts ties anywhere: where those with the k-th may go on beyond what was found, look further.
+        while wanted < total and any(len(best) == wanted and best[k - 1][1] == best[-1][1] for best in found):
+            wanted = min(4 * wanted, total)
+            found = self._nearest(vectors, wanted)
         ids = self._ids
         return SearchResults(
-            [[ids[row] for row, _ in best] for best in found], [[s for _, s in best] for best in found]
+            [[ids[row] for row, _ in best[:k]] for best in found], [[score for _, score in best[:k]] for best in found]
         )
+
+    def _nearest(self, vectors: Vectors, count: int) -> list[list[tuple[int, float]]]:
+        """Row and score of the best `count` of each query, ties by row; fewer where FAISS found no more."""
+        scores, rows = self._index.search(vectors, count)
+        return [_ordered(*pair) for pair in zip(scores, rows, strict=True)]
 
     def _ready(self) -> Encoder:
         """The encoder, loaded and compared with the one that built the index before its first use."""
@@ -271,12 +281,12 @@ def _training_sample(shards: Sequence[Vectors], factory: str) -> Vectors:
     return np.concatenate(parts)
 
 
-def _best(scores: Vectors, rows: np.ndarray[tuple[int], np.dtype[np.int64]], k: int) -> list[tuple[int, float]]:
-    """Row and score of the k best, ties by row. FAISS fills up with row -1 where it found too few."""
+def _ordered(scores: Vectors, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> list[tuple[int, float]]:
+    """Row and score, ties by row. FAISS fills up with row -1 where it found too few."""
     found = [
         (row, round(score, _DIGITS)) for row, score in zip(rows.tolist(), scores.tolist(), strict=True) if row >= 0
     ]
-    return sorted(found, key=lambda pair: (-pair[1], pair[0]))[:k]
+    return sorted(found, key=lambda pair: (-pair[1], pair[0]))
 
 
 def _refuse_fork() -> None:
