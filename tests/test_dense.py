@@ -147,10 +147,10 @@ def test_what_faiss_does_not_understand_is_said_before_anything_is_encoded(
     assert done == []
 
 
-def test_a_killed_build_reuses_whole_shards(
+def test_a_killed_build_reuses_whole_blocks(
     corpus: Corpus, settings: DenseSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dense_module, "SHARD", 256)  # 600 passages: three shards
+    monkeypatch.setattr(dense_module, "BLOCK", 256)  # 600 passages: three blocks
 
     class Killed(Exception):
         pass
