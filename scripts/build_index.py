@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -21,8 +22,9 @@ from carl_gym.errors import ConfigError
 from carl_gym.paths import cache_folder
 from carl_gym.retrieval.builder import verify_index, work_folder
 from carl_gym.retrieval.corpus import Corpus
-from carl_gym.retrieval.corpus_files import mapped_folder, open_corpus
+from carl_gym.retrieval.corpus_files import mapped_folder, open_corpus, parse_shard
 from carl_gym.retrieval.registry import IndexCard, class_and_settings, corpus_of, index_folders, make_retriever
+from carl_gym.retrieval.retriever import check_shardable
 
 DISK_PER_PASSAGE = {"bm25": 1_200, "lucene": 600, "dense": 2 * 4 * 768}
 """Bytes that a build needs, by kind, for passages of 100 words; dense: 768 floats in a shard and again in the index."""
@@ -38,6 +40,9 @@ class Options:
     corpus: str = ""
     """Passages: a JSON-lines file (id, title, text; or id, contents), plain or .gz, or a mapped corpus. The recipe's
     own by default."""
+    shard: str = ""
+    """Only this part of the corpus, such as 2/8 (counted from 0): other machines build the others, each for a server of
+    its own (docs/retrieval-server.md)."""
     env: str = ""
     """Instead: the corpus of this environment."""
     env_args: tuple[str, ...] = ()
@@ -88,7 +93,8 @@ def build(options: Options) -> None:
     if options.output_dir:
         os.environ["CARL_GYM_CACHE"] = str(options.output_dir.resolve())
     card = load_card("retrieval_index", options.recipe, IndexCard)
-    class_and_settings(card)  # what is wrong with them comes out before hours of work
+    cls, _ = class_and_settings(card)  # what is wrong with them comes out before hours of work
+    check_shardable(cls, options.shard)
     start = time.monotonic()
     with progress_bar(console, "passages") as bar:
         report = Reporter(console, bar)
@@ -104,22 +110,28 @@ def build(options: Options) -> None:
         except KeyboardInterrupt:
             print("stopped; the same command goes on from here", file=sys.stderr)
             sys.exit(130)
-    lines = [f"{card.id} over {len(corpus):,} passages, in {_duration(time.monotonic() - start)}"]
+    part = f", shard {corpus.shard} of {corpus.shard.passages:,}" if corpus.shard else ""
+    lines = [f"{card.id} over {len(corpus):,} passages{part}, in {_duration(time.monotonic() - start)}"]
     verified = ", verified" if options.verify else ""
     lines += [f"index:   {folder} ({size_of(folder) / 1e6:,.1f} MB{verified})" for _, folder in indexes]
     if not indexes:
         lines += ["index:   none is kept on disk; it is made when an environment is"]
     setting = f"CARL_GYM_CACHE={cache_folder()} " if options.output_dir else ""
-    lines += [f"use it:  {setting}python …  gymnasium.make({use}, index={options.recipe!r})"]
-    lines += [f"         or in a card of your own: index = {options.recipe!r}"]
+    if corpus.shard:
+        lines += [f"serve it: {setting}python scripts/serve_retrieval.py --index {shlex.quote(options.recipe)} {use}"]
+    else:
+        lines += [f"use it:  {setting}python …  gymnasium.make({use}, index={options.recipe!r})"]
+        lines += [f"         or in a card of your own: index = {options.recipe!r}"]
     for line in lines:
         show_line(console, line)
 
 
 def load(options: Options, card: IndexCard, report: Reporter) -> tuple[Corpus, str]:
-    """The corpus to index, and how to make an environment on it."""
+    """The corpus to index, and how to make an environment on it, or to serve it if it is a shard."""
     if options.env and options.corpus:
         raise ConfigError("--env and --corpus: give one of them")
+    if options.env and options.shard:
+        raise ConfigError("--env and --shard: only a corpus in a file can be cut into shards; name it with --corpus")
     if options.env:
         from carl_gym.envs.registration import make_task  # environments are slower to import than retrieval
 
@@ -130,12 +142,16 @@ def load(options: Options, card: IndexCard, report: Reporter) -> tuple[Corpus, s
     path = options.corpus or corpus_of(options.recipe)
     if not path:
         raise ConfigError(f"recipe {card.id} fits any corpus; say which with --corpus PATH or --env ID")
+    part = parse_shard(options.shard) if options.shard else None
     if options.check_disk and Path(path).is_file():
-        folder = mapped_folder(Path(path))
+        folder = mapped_folder(Path(path), part=part)
         if folder and not folder.is_dir():
-            factor = 4.0 if path.endswith(".gz") else 1.2
+            factor = (4.0 if path.endswith(".gz") else 1.2) / (part[1] if part else 1)
             check_room(int(Path(path).stat().st_size * factor), f"to map {path} into memory")
-    return open_corpus(path, progress=report), f"'carl/SearchQA-v0', questions='YOUR.jsonl', corpus={path!r}"
+    corpus = open_corpus(path, progress=report, shard=options.shard)
+    if corpus.shard:
+        return corpus, f"--corpus {shlex.quote(path)}{f' --shard {options.shard}' if part else ''}"
+    return corpus, f"'carl/SearchQA-v0', questions='YOUR.jsonl', corpus={path!r}"
 
 
 def check_disk(indexes: Sequence[tuple[str, Path]], passages: int) -> None:

@@ -17,8 +17,8 @@ from carl_gym.cards import load_card
 from carl_gym.console import progress_bar, run_command, show_line, show_warnings
 from carl_gym.errors import ConfigError
 from carl_gym.retrieval import make_retriever, open_corpus
-from carl_gym.retrieval.registry import IndexCard, corpus_of
-from carl_gym.retrieval.retriever import Retriever
+from carl_gym.retrieval.registry import IndexCard, class_and_settings, corpus_of
+from carl_gym.retrieval.retriever import Retriever, check_shardable
 from carl_gym.retrieval.server import Limits, create_app, serve
 
 
@@ -28,6 +28,8 @@ class Options:
 
     corpus: Path | None = None
     """Passages as JSON lines, plain or .gz, or the folder of a mapped corpus; by default what the recipe names."""
+    shard: str = ""
+    """Serve only this part of the corpus, such as 2/8 (counted from 0), to clients that name all parts' servers."""
     index: str = "bm25"
     """A recipe in retrieval_index/, or the path of one."""
     host: str = "127.0.0.1"
@@ -68,7 +70,9 @@ def start(options: Options) -> None:
     def ready(url: str) -> None:
         """One line that a script can wait for and read."""
         corpus = retriever.corpus
-        show_line(console, f"serving {options.index} at {url} (corpus {corpus.fingerprint}, {len(corpus):,} passages)")
+        part = f", shard {corpus.shard} of corpus {corpus.shard.corpus}" if corpus.shard else ""
+        about = f"corpus {corpus.fingerprint}, {len(corpus):,} passages{part}"
+        show_line(console, f"serving {options.index} at {url} ({about})")
 
     serve(app, options.host, options.port, grace=options.grace, ready=ready)
 
@@ -76,6 +80,7 @@ def start(options: Options) -> None:
 def load_retriever(options: Options) -> Retriever:
     """The recipe's retriever over the corpus, with a bar for what has to be built."""
     card = load_card("retrieval_index", options.index, IndexCard)
+    check_shardable(class_and_settings(card)[0], options.shard)
     path = options.corpus or corpus_of(options.index)
     if not path:
         raise ConfigError(f"the recipe {card.id!r} names no corpus; pass --corpus")
@@ -87,7 +92,7 @@ def load_retriever(options: Options) -> Retriever:
                 jobs[what] = bar.add_task(what)
             bar.update(jobs[what], completed=done, total=total)
 
-        return make_retriever(card, open_corpus(path, progress=progress), progress)
+        return make_retriever(card, open_corpus(path, progress=progress, shard=options.shard), progress)
 
 
 if __name__ == "__main__":

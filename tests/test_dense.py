@@ -56,6 +56,18 @@ def test_equal_passages_keep_the_corpus_order_for_every_k(settings: DenseSetting
         assert retriever.search(["cats"], k).ids[0] == whole[:k]
 
 
+@pytest.mark.parametrize(("index", "search"), [("Flat", ""), ("IVF{nlist},Flat", "nprobe=4")])
+def test_more_equal_passages_than_faiss_is_asked_for_keep_the_order_too(
+    settings: DenseSettings, index: str, search: str
+) -> None:
+    """Of those that tie, FAISS drops the first when a better one comes after them."""
+    corpus = Corpus(Passage(f"p{i}", "a", "cats chase mice" if i < 200 else "dogs bark") for i in range(203))
+    retriever = Dense.build(corpus, replace(settings, index=index, search=search))
+    for k in (1, 3, 5, 30, 150, 203):
+        expected = [*range(200, 203), *range(200)][:k]
+        assert retriever.search(["a\ndogs bark"], k).ids == [[f"p{i}" for i in expected]]
+
+
 def test_no_query_and_one_passage(settings: DenseSettings) -> None:
     retriever = Dense.build(Corpus([Passage("only", "a", "b")]), settings)
     assert retriever.search([], 3) == ([], [])
@@ -135,10 +147,10 @@ def test_what_faiss_does_not_understand_is_said_before_anything_is_encoded(
     assert done == []
 
 
-def test_a_killed_build_reuses_whole_shards(
+def test_a_killed_build_reuses_whole_blocks(
     corpus: Corpus, settings: DenseSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dense_module, "SHARD", 256)  # 600 passages: three shards
+    monkeypatch.setattr(dense_module, "BLOCK", 256)  # 600 passages: three blocks
 
     class Killed(Exception):
         pass

@@ -63,7 +63,7 @@ def test_ids_are_a_sequence(mapped: MappedCorpus) -> None:
 
 
 def test_keys_with_one_hash_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapped_corpus, "_hash", lambda key: len(key) % 2)
+    monkeypatch.setattr(mapped_corpus, "key_hash", lambda key: len(key) % 2)
     passages = [Passage(f"p{i}", f"Title {i % 7}", str(i)) for i in range(20)]
     assert_equal(map_corpus(passages, tmp_path / "corpus"), Corpus(passages), "p20", "Title 8")
     with pytest.raises(DataError, match="two passages have the id 'p3'"):

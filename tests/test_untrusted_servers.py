@@ -241,7 +241,8 @@ def test_the_key_is_in_no_setting_state_result_or_store(
     monkeypatch.setenv(VARIABLE, KEY)
     retriever = make_retriever("remote", remote_corpus(url))
     retriever.search(["kabel"], 1)
-    texts = [repr(vars(retriever.connection)), repr(retriever.settings), json.dumps(retriever.describe())]  # type: ignore[attr-defined]
+    (connection,) = retriever.servers.connections  # type: ignore[attr-defined]
+    texts = [repr(vars(connection)), repr(retriever.settings), json.dumps(retriever.describe())]
     assert KEY not in "".join(texts) and KEY.encode() not in pickle.dumps(retriever)
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"id": "q", "question": "Which town?", "answers": ["Town 1"]}\n')

@@ -260,7 +260,13 @@ def _open_corpus(corpus: str | Path) -> Corpus:
         from carl_gym.retrieval.remote import remote_corpus
 
         return remote_corpus(str(corpus))
-    return open_corpus(corpus)
+    opened = open_corpus(corpus)
+    if opened.shard:
+        raise DataError(
+            f"{corpus} is only shard {opened.shard} of a corpus; serve every shard (scripts/serve_retrieval.py) and "
+            "give the URLs of all servers as the corpus, with ';' between shards"
+        )
+    return opened
 
 
 def _read_file(card: DataCard, path: Path) -> Iterator[Example]:

@@ -190,7 +190,7 @@ def _build(folder: Path, kind: str, cls: type[Retriever], settings: Any, corpus:
         "kind": kind,
         "class_format": cls.FORMAT_VERSION,
         "settings": {name: v for name, v in asdict(settings).items() if name not in cls.SEARCH_SETTINGS},
-        "corpus": {"fingerprint": corpus.fingerprint, "passages": len(corpus)},
+        "corpus": corpus.identity(),
         "libraries": _versions(RECORDED),
         "carl_gym": _versions(["carl-gym"]).get("carl-gym", "unknown"),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,6 +1,7 @@
 """Requests to retrieval servers: whose turn it is, retries, and a check that what answers is still what we know.
 
-`remote.py` makes a corpus and a retriever of it. Whatever a server does wrong is a `RetrievalError`.
+All servers of a connection serve the same; `sharded.py` joins those of a corpus in shards, and `remote.py` makes a
+corpus and a retriever of them. Whatever a server does wrong is a `RetrievalError`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import orjson
 
 from carl_gym.api_key import check_no_password, key_advice, key_header
 from carl_gym.cards import bounded
-from carl_gym.errors import ConfigError, RetrievalError
+from carl_gym.errors import CarlGymError, ConfigError, RetrievalError
 from carl_gym.harmless import visible
-from carl_gym.retrieval.corpus import Passage
+from carl_gym.retrieval.corpus import Passage, Shard
 from carl_gym.retrieval.wire import CORPUS_HEADER, RETRIEVER_HEADER, clipped, passage_of
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class RemoteSettings:
 
     Attributes:
         url: of the server, such as http://127.0.0.1:8000; a trailing /retrieve is ignored. Several, with commas between
-            them, share the work, and one that fails is left alone for a while. Empty: the corpus' own.
+            them, share the work, and one that fails is left alone for a while; semicolons stand between the servers of
+            different shards, which are all asked. Empty: the corpus' own.
         timeout: seconds for an attempt as a whole, from connecting to the last byte (see `deadline`).
         retries: attempts after the first, on connection errors, timeouts and statuses 502, 503 and 504.
         backoff: seconds before the second attempt; doubled each time, with jitter, and at least what the server's
@@ -71,6 +73,8 @@ class ServerInfo:
         passages: how many there are; 0 when it does not say.
         max_queries: per request.
         describe: its retriever's `describe`.
+        shard: which part of a corpus it has, if not all.
+        probe: its retriever's `probe`.
     """
 
     api: Literal["carl", "search-r1"]
@@ -79,6 +83,8 @@ class ServerInfo:
     passages: int
     max_queries: int
     describe: Mapping[str, str | int | float]
+    shard: Shard | None = None
+    probe: tuple[float, ...] = ()
 
 
 class Connection:
@@ -183,13 +189,17 @@ class Connection:
             corpus, passages = info["corpus"]["fingerprint"], info["corpus"]["passages"]
             retriever, most = info["retriever_fingerprint"], info["limits"]["max_queries"]
             describe = dict(info["retriever"])
-        except (KeyError, TypeError, ValueError) as error:
+            shard = _shard(info["corpus"].get("shard"))
+            probe = tuple(map(float, info.get("probe", ())))
+            if shard and len(shard.rows) != passages:
+                raise ValueError(f"{passages} passages in shard {shard} of {shard.passages}, not {len(shard.rows)}")
+        except (KeyError, TypeError, ValueError, AttributeError, CarlGymError) as error:
             self.fail(
                 "/info", f"it does not describe a retriever ({error!r}); with another server, set api = search-r1"
             )
         if not (isinstance(corpus, str) and isinstance(retriever, str) and type(passages) is type(most) is int):
             self.fail("/info", f"wrong types in {clipped(dict(info))}")
-        return ServerInfo("carl", corpus, retriever, passages, max(1, most), describe)
+        return ServerInfo("carl", corpus, retriever, passages, max(1, most), describe, shard, probe)
 
     def _send(
         self,
@@ -285,6 +295,16 @@ class Connection:
             weakref.finalize(self, client.close)  # also at exit
             client = self._clients.setdefault(os.getpid(), client)
         return client
+
+
+def _shard(value: Any) -> Shard | None:
+    """The shard in an answer of /info. Raises KeyError, TypeError or ConfigError where it makes no sense."""
+    if value is None:
+        return None
+    number, count, corpus, passages = (value[key] for key in ("number", "count", "corpus", "passages"))
+    if not (type(number) is type(count) is type(passages) is int and isinstance(corpus, str)):
+        raise TypeError(f"no shard: {clipped(value)}")
+    return Shard(number, count, corpus, passages)
 
 
 def _detail(response: httpx.Response) -> str:

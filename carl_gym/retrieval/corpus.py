@@ -8,11 +8,11 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from carl_gym.errors import DataError
+from carl_gym.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,60 @@ class Passage:
     id: str
     title: str
     text: str
+
+
+BLOCK = 2048
+"""Neighbouring passages that are encoded together, and that no shard divides: what a text is padded to with others in
+its batch changes the last digits of its vector, and a shard's vectors are to be those of the whole corpus.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which part of a corpus something is: blocks `number * blocks // count` up to where the next shard begins.
+
+    Shards hold neighbouring rows, so that one after another they are the corpus in its order: passages whose scores are
+    equal can be told apart by their shard's number and their place in it.
+
+    Attributes:
+        number: from 0 to `count` - 1.
+        count: how many shards there are; at most one for each `BLOCK` of passages, so that none is empty.
+        corpus: fingerprint of the whole corpus.
+        passages: how many the whole corpus has.
+
+    Raises:
+        ConfigError: there is no such shard.
+    """
+
+    number: int
+    count: int
+    corpus: str
+    passages: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.count <= self._blocks:
+            raise ConfigError(
+                f"there is no shard {self} of {self.passages:,} passages; shards are counted from 0, and consist of "
+                f"blocks of {BLOCK:,} passages, so that there are at most {self._blocks:,}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    @property
+    def rows(self) -> range:
+        """The rows of the whole corpus that this shard has."""
+        first, end = (number * self._blocks // self.count * BLOCK for number in (self.number, self.number + 1))
+        return range(first, min(end, self.passages))
+
+    @property
+    def _blocks(self) -> int:
+        return -(-self.passages // BLOCK)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of a corpus that is this shard: whole corpus and place in it say all about its passages."""
+        return blake2b(f"{self.corpus} {self}".encode(), digest_size=16).hexdigest()
 
 
 class Fingerprint:
@@ -48,9 +102,16 @@ class Corpus:
         passages: at least one, with unique ids. Titles may repeat: looking up a title gives the first.
         source: where they come from, for error messages.
 
+    Attributes:
+        fingerprint: hash of every id, title and text in order: equal fingerprints mean equal corpora.
+        shard: which part of a greater corpus this is; None for what is no part.
+
     Raises:
         DataError: no passages, or an id that occurs twice.
     """
+
+    fingerprint: str
+    shard: Shard | None = None
 
     def __init__(self, passages: Iterable[Passage], source: str = "corpus") -> None:
         self.passages = tuple(passages)
@@ -66,7 +127,6 @@ class Corpus:
             fingerprint.add(passage)
         self._ids: Sequence[str] = tuple(passage.id for passage in self.passages)
         self.fingerprint = fingerprint.hexdigest()
-        """Hash of every id, title and text in order: equal fingerprints mean equal corpora."""
 
     @staticmethod
     def load(path: str | Path) -> Corpus:
@@ -97,6 +157,11 @@ class Corpus:
     def by_title(self, title: str) -> Passage | None:
         """The first passage with this title, ignoring case and extra white space."""
         return self._by_title.get(title_key(title))
+
+    def identity(self) -> dict[str, object]:
+        """What manifests and servers say about the corpus: fingerprint, passages, and which shard if it is one."""
+        shard = {"shard": asdict(self.shard)} if self.shard else {}
+        return {"fingerprint": self.fingerprint, "passages": len(self), **shard}
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, object]]]:

@@ -1,7 +1,7 @@
 """Dense retrieval: every passage is a vector, and a FAISS index finds those nearest to the query's.
 
-Building encodes the corpus shard by shard (resumable: a finished shard is a file), trains the index on a sample and
-adds shard by shard. A saved index is memory-mapped, so processes on one machine share it, and the encoder is loaded
+Building encodes the corpus block by block (resumable: a finished block is a file), trains the index on a sample and
+adds block by block. A saved index is memory-mapped, so processes on one machine share it, and the encoder is loaded
 with the first query.
 """
 
@@ -20,21 +20,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from carl_gym.errors import ConfigError, RetrievalError
-from carl_gym.retrieval.corpus import Corpus
+from carl_gym.retrieval.corpus import BLOCK, Corpus, Passage
 from carl_gym.retrieval.encoders import Encoder, EncoderSettings, Vectors, load_encoder
 from carl_gym.retrieval.retriever import Progress, Retriever, SearchResults, check_k, silent
 
 if TYPE_CHECKING:
     import faiss
 
-SHARD = 2048
-"""Passages per file of embeddings: what a killed build loses at most."""
-
 TRAINING_VECTORS_PER_LIST = 64
 """FAISS asks for 39 at least."""
 
 _MARGIN = 16
 """Found beyond `k`, so that what ties with the k-th is ordered before it is cut."""
+
+_PROBE = Passage("probe", "Hamlet", "A tragedy by William Shakespeare, written around 1600 and set in Denmark.")
+"""Its vector tells encoders apart: all shards of a corpus must give the same one."""
 
 _DIGITS = 6
 """Scores are rounded to this many decimals: the last bits of a float depend on what else is in the batch."""
@@ -67,6 +67,7 @@ class Dense(Retriever):
 
     Settings = DenseSettings
     SEARCH_SETTINGS = frozenset({"search", "query_prefix"})
+    SHARDABLE = True
 
     def __init__(self, corpus: Corpus, settings: DenseSettings | None, index: faiss.Index, sample: Vectors) -> None:
         super().__init__(corpus, settings)
@@ -87,12 +88,12 @@ class Dense(Retriever):
         work: Path | None = None,
         progress: Progress = silent,
     ) -> Dense:
-        """Encode and index a corpus. Memory: the index and one shard, and all vectors when there is no `work`.
+        """Encode and index a corpus. Memory: the index and one block, and all vectors when there is no `work`.
 
         Args:
             corpus: what to search.
             settings: encoder and index.
-            work: finished shards of embeddings are kept here and found again.
+            work: finished blocks of embeddings are kept here and found again.
             progress: told of passages encoded, then added.
 
         Raises:
@@ -120,20 +121,20 @@ class Dense(Retriever):
         except RuntimeError as error:
             raise refused(error) from error
         _set_search(index, settings)
-        shards = list(_embed(corpus, encoder, work, progress))
+        blocks = list(_embed(corpus, encoder, work, progress))
         if not index.is_trained:
             progress(f"training {factory}", 0, 1)
             try:
-                index.train(_training_sample(shards, factory))
+                index.train(_training_sample(blocks, factory))
             except RuntimeError as error:
                 raise refused(error) from error
-        for shard in shards:
-            index.add(np.ascontiguousarray(shard))
+        for block in blocks:
+            index.add(np.ascontiguousarray(block))
             progress("indexing", index.ntotal, len(corpus))
-        return cls(corpus, settings, index, np.array(shards[0][:1]))
+        return cls(corpus, settings, index, encoder.passages([_sampled(corpus)]))
 
     def save(self, folder: Path) -> None:
-        """Write the index, and the first passage's vector to know the encoder by."""
+        """Write the index, and the vector of one passage to know the encoder by."""
         import faiss
 
         faiss.write_index(self._index, str(folder / "index.faiss"))
@@ -173,12 +174,26 @@ class Dense(Retriever):
         if not queries:
             return SearchResults([], [])
         vectors = self._ready().queries(queries)
-        scores, rows = self._index.search(vectors, min(k + _MARGIN, self._index.ntotal))
-        found = [_best(*pair, k) for pair in zip(scores, rows, strict=True)]
+        total = self._index.ntotal
+        wanted = min(k + _MARGIN, total)
+        found = self._nearest(vectors, wanted)
+        # FAISS cuts ties anywhere: where those with the k-th may go on beyond what was found, look further.
+        while wanted < total and any(len(best) == wanted and best[k - 1][1] == best[-1][1] for best in found):
+            wanted = min(4 * wanted, total)
+            found = self._nearest(vectors, wanted)
         ids = self._ids
         return SearchResults(
-            [[ids[row] for row, _ in best] for best in found], [[s for _, s in best] for best in found]
+            [[ids[row] for row, _ in best[:k]] for best in found], [[score for _, score in best[:k]] for best in found]
         )
+
+    def probe(self) -> Sequence[float]:
+        """The vector by which the index knows its encoder."""
+        return [round(value, 4) for value in self._sample[0].tolist()]
+
+    def _nearest(self, vectors: Vectors, count: int) -> list[list[tuple[int, float]]]:
+        """Row and score of the best `count` of each query, ties by row; fewer where FAISS found no more."""
+        scores, rows = self._index.search(vectors, count)
+        return [_ordered(*pair) for pair in zip(scores, rows, strict=True)]
 
     def _ready(self) -> Encoder:
         """The encoder, loaded and compared with the one that built the index before its first use."""
@@ -188,7 +203,7 @@ class Dense(Retriever):
         with self._lock:
             if self._encoder is None:
                 encoder = load_encoder(encoder_settings(self.settings))
-                vector = encoder.passages([next(iter(self.corpus))])
+                vector = encoder.passages([_sampled(self.corpus)])
                 # Other devices and library versions change the last digits, another model changes everything.
                 if vector.shape != self._sample.shape or not np.allclose(vector, self._sample, atol=0.02):
                     raise RetrievalError(
@@ -225,12 +240,12 @@ def _set_search(index: faiss.Index, settings: DenseSettings) -> None:
 
 
 def _embed(corpus: Corpus, encoder: Encoder, work: Path | None, progress: Progress) -> Iterator[Vectors]:
-    """The corpus' vectors in shards; with `work`, files that are mapped, and made only if they are not there."""
+    """The corpus' vectors in blocks; with `work`, files that are mapped, and made only if they are not there."""
     if work:
         _claim(work, corpus, encoder)
     total, passages = len(corpus), iter(corpus)
-    for number, start in enumerate(range(0, total, SHARD)):
-        batch = list(islice(passages, SHARD))
+    for number, start in enumerate(range(0, total, BLOCK)):
+        batch = list(islice(passages, BLOCK))
         path = work / f"embeddings-{number:06d}.npy" if work else None
         if path is None or not path.is_file():
             vectors = encoder.passages(batch, lambda done, start=start: progress("encoding", start + done, total))  # type: ignore[misc]
@@ -246,7 +261,7 @@ def _embed(corpus: Corpus, encoder: Encoder, work: Path | None, progress: Progre
 
 def _claim(work: Path, corpus: Corpus, encoder: Encoder) -> None:
     """Write down whose embeddings these are, or check it. Raises ConfigError if they are of something else."""
-    mine = {"corpus": corpus.fingerprint, "shard": SHARD, **asdict(encoder.settings)}
+    mine = {"corpus": corpus.fingerprint, "shard": BLOCK, **asdict(encoder.settings)}
     del mine["query_prefix"]
     path = work / "embeddings.json"
     work.mkdir(parents=True, exist_ok=True)
@@ -258,25 +273,30 @@ def _claim(work: Path, corpus: Corpus, encoder: Encoder) -> None:
         raise ConfigError(f"{work} holds embeddings of another corpus or encoder; delete it or choose another folder")
 
 
-def _training_sample(shards: Sequence[Vectors], factory: str) -> Vectors:
+def _training_sample(blocks: Sequence[Vectors], factory: str) -> Vectors:
     """A seeded random sample, as large as the lists and codes of an index need."""
     lists = max([1024, *(int(number) for number in re.findall(r"IVF(\d+)", factory))])
-    total = sum(len(shard) for shard in shards)
+    total = sum(len(block) for block in blocks)
     chosen = np.sort(np.random.default_rng(0).permutation(total)[: lists * TRAINING_VECTORS_PER_LIST])
     parts, start = [], 0
-    for shard in shards:
-        low, high = np.searchsorted(chosen, [start, start + len(shard)])
-        parts.append(shard[chosen[low:high] - start])
-        start += len(shard)
+    for block in blocks:
+        low, high = np.searchsorted(chosen, [start, start + len(block)])
+        parts.append(block[chosen[low:high] - start])
+        start += len(block)
     return np.concatenate(parts)
 
 
-def _best(scores: Vectors, rows: np.ndarray[tuple[int], np.dtype[np.int64]], k: int) -> list[tuple[int, float]]:
-    """Row and score of the k best, ties by row. FAISS fills up with row -1 where it found too few."""
+def _ordered(scores: Vectors, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> list[tuple[int, float]]:
+    """Row and score, ties by row. FAISS fills up with row -1 where it found too few."""
     found = [
         (row, round(score, _DIGITS)) for row, score in zip(rows.tolist(), scores.tolist(), strict=True) if row >= 0
     ]
-    return sorted(found, key=lambda pair: (-pair[1], pair[0]))[:k]
+    return sorted(found, key=lambda pair: (-pair[1], pair[0]))
+
+
+def _sampled(corpus: Corpus) -> Passage:
+    """The passage whose vector an index keeps to know its encoder by: its first, or one that all shards share."""
+    return _PROBE if corpus.shard else next(iter(corpus))
 
 
 def _refuse_fork() -> None:

@@ -14,6 +14,7 @@ import platform
 import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, overload
@@ -21,8 +22,8 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from carl_gym.errors import DataError
-from carl_gym.retrieval.corpus import Corpus, Fingerprint, Passage, title_key
+from carl_gym.errors import CarlGymError, DataError
+from carl_gym.retrieval.corpus import Corpus, Fingerprint, Passage, Shard, title_key
 from carl_gym.retrieval.retriever import Progress, silent
 
 FORMAT = 1
@@ -50,11 +51,12 @@ class MappedCorpus(Corpus):
         self.fingerprint = str(manifest["fingerprint"])
         count = int(manifest["count"])
         try:
+            self.shard = Shard(**manifest["shard"]) if "shard" in manifest else None
             self._passages = _Strings(self.folder, "passages", 2 * count)
             self._ids = _Strings(self.folder, "ids", count)
             self._id_table = _Table(self.folder, "id", count)
             self._title_table = _Table(self.folder, "title", count)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, CarlGymError) as error:
             raise DataError(
                 f"{self.folder}: the mapped corpus is damaged ({error}); delete it and map again"
             ) from error
@@ -100,6 +102,7 @@ def map_corpus(
     *,
     source: str = "corpus",
     total: int = 0,
+    shard: Shard | None = None,
 ) -> MappedCorpus:
     """Write passages into a new folder, one by one: memory holds the hashes only, some 40 bytes of each.
 
@@ -110,6 +113,7 @@ def map_corpus(
         progress: told what is done, how many passages, and out of how many (`total`).
         source: where the passages come from, for error messages.
         total: how many passages there will be, if that is known.
+        shard: which part of a corpus the passages are, if they are one.
 
     Raises:
         DataError: no passages, an id that occurs twice, or a folder that cannot be written.
@@ -119,7 +123,7 @@ def map_corpus(
     unfinished = _unfinished(folder, os.getpid())
     try:
         unfinished.mkdir(parents=True)
-        _write(passages, unfinished, progress, source, total)
+        _write(passages, unfinished, progress, source, total, shard)
         try:
             unfinished.rename(folder)
         except OSError:
@@ -170,6 +174,7 @@ def _write(
     progress: Progress,
     source: str,
     total: int,
+    shard: Shard | None,
 ) -> None:
     fingerprint = Fingerprint()
     id_hashes, title_hashes = array("Q"), array("Q")
@@ -179,8 +184,8 @@ def _write(
             texts.write(passage.title)
             texts.write(passage.text)
             ids.write(passage.id)
-            id_hashes.append(_hash(passage.id))
-            title_hashes.append(_hash(title_key(passage.title)))
+            id_hashes.append(key_hash(passage.id))
+            title_hashes.append(key_hash(title_key(passage.title)))
             if len(id_hashes) % _REPORT == 0:
                 progress("mapping passages", len(id_hashes), total)
     if not id_hashes:
@@ -189,7 +194,13 @@ def _write(
     _save_table(folder, "title", title_hashes)
     _refuse_repeated_ids(folder, id_table, source)
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
-    manifest = {"format": FORMAT, "count": len(id_hashes), "fingerprint": fingerprint.hexdigest(), "files": files}
+    manifest = {
+        "format": FORMAT,
+        "count": len(id_hashes),
+        "fingerprint": shard.fingerprint if shard else fingerprint.hexdigest(),
+        "files": files,
+        **({"shard": asdict(shard)} if shard else {}),
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
     progress("mapping passages", len(id_hashes), len(id_hashes))
 
@@ -223,7 +234,7 @@ class _Table:
 
     def rows(self, key: str) -> Iterator[int]:
         """Rows, ascending, whose key may be this one: other keys can have the same hash."""
-        return self.rows_of_hash(np.uint64(_hash(key)))
+        return self.rows_of_hash(np.uint64(key_hash(key)))
 
     def rows_of_hash(self, value: np.uint64) -> Iterator[int]:
         """Rows, ascending, whose key has this hash."""
@@ -305,5 +316,6 @@ def _load(path: Path, dtype: type[np.generic], count: int) -> npt.NDArray[Any]:
     return loaded
 
 
-def _hash(key: str) -> int:
+def key_hash(key: str) -> int:
+    """64 bits of an id or title, by which rows are found."""
     return int.from_bytes(blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

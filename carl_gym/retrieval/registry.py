@@ -11,7 +11,7 @@ from carl_gym.cards import beside, find_card, load_card, make_card
 from carl_gym.errors import CardError
 from carl_gym.retrieval.builder import index_folder, open_or_build
 from carl_gym.retrieval.corpus import Corpus
-from carl_gym.retrieval.retriever import Progress, Retriever, silent
+from carl_gym.retrieval.retriever import Progress, Retriever, check_shardable, silent
 
 KINDS = {
     "bm25": "carl_gym.retrieval.bm25:BM25",
@@ -97,11 +97,13 @@ def make_retriever(card: IndexCard | str, corpus: Corpus, progress: Progress = s
 
     Raises:
         CardError: unknown recipe or kind, or settings that are not allowed.
+        ConfigError: the corpus is a shard, and the retriever none whose results could be merged.
         RetrievalError: the index can be neither read nor built.
     """
     if isinstance(card, str):
         card = load_card("retrieval_index", card, IndexCard)
     cls, settings = class_and_settings(card)
+    check_shardable(cls, corpus.shard)
     if not _is_kept(card, cls):
         return cls.build(corpus, settings, progress=progress)
     return open_or_build(card.kind, cls, settings, corpus, progress)

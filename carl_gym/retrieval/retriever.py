@@ -29,6 +29,21 @@ def check_k(k: int) -> None:
         raise ConfigError(f"k is {k}; a search needs at least 1")
 
 
+def check_shardable(cls: type[Retriever], shard: object) -> None:
+    """Raise ConfigError where a retriever of this class would search a shard, and what it finds could not be merged.
+
+    Args:
+        cls: of the retriever.
+        shard: what is searched, such as `2/8`; nothing ("", None) for a whole corpus.
+    """
+    if shard and not cls.SHARDABLE:
+        raise ConfigError(
+            f"{cls.__name__} cannot search shard {shard} of a corpus: its scores or ranks depend on passages of the "
+            "other shards (BM25 counts words in all of them), so that what the shards find could not be merged. Take "
+            "a dense recipe, or the whole corpus"
+        )
+
+
 class SearchResults(NamedTuple):
     """What a batch of queries found.
 
@@ -56,6 +71,8 @@ class Retriever(ABC):
         Settings: frozen dataclass of what an index card may set in its `[settings]` table.
         FORMAT_VERSION: raised whenever saved indexes of this class would be read differently.
         SEARCH_SETTINGS: settings that change searches and not the index: changing them builds nothing anew.
+        SHARDABLE: whether a score depends on nothing but query and passage, so that what is found in the shards of a
+            corpus can be merged by score.
         corpus: what is searched.
         settings: how.
     """
@@ -63,6 +80,7 @@ class Retriever(ABC):
     Settings: ClassVar[type] = NoSettings
     FORMAT_VERSION: ClassVar[int] = 1
     SEARCH_SETTINGS: ClassVar[frozenset[str]] = frozenset()
+    SHARDABLE: ClassVar[bool] = False
 
     def __init__(self, corpus: Corpus, settings: Any = None) -> None:
         self.corpus = corpus
@@ -103,3 +121,9 @@ class Retriever(ABC):
     def describe(self) -> dict[str, str | int | float]:
         """What scores depend on, for reports."""
         return {"retriever": type(self).__name__, **asdict(self.settings)}
+
+    def probe(self) -> Sequence[float]:
+        """Numbers that are the same for all shards of a corpus, up to rounding, if their scores may be compared: what
+        `describe` cannot tell, such as other weights under the same name.
+        """
+        return ()

@@ -29,7 +29,7 @@ from carl_gym.api_key import KeyGate
 from carl_gym.errors import ConfigError, RetrievalError
 from carl_gym.retrieval.batching import Batcher
 from carl_gym.retrieval.corpus import Passage
-from carl_gym.retrieval.retriever import Retriever, SearchResults
+from carl_gym.retrieval.retriever import Retriever, SearchResults, check_shardable
 from carl_gym.retrieval.wire import CORPUS_HEADER, RETRIEVER_HEADER, Row, clipped, retriever_fingerprint, row
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,8 @@ def create_app(retriever: Retriever, limits: Limits | None = None, *, topk: int 
         api_key: what every request but /healthz must show (see `api_key`); "" for none.
 
     Raises:
-        ConfigError: `topk` is beyond the limits.
+        ConfigError: `topk` is beyond the limits, or the corpus is a shard and the retriever none whose results could
+            be merged.
     """
     limits = limits or Limits()
     if not 1 <= topk <= limits.max_topk:
@@ -193,15 +194,17 @@ class _Service:
 
     def __init__(self, retriever: Retriever, limits: Limits, topk: int) -> None:
         self.retriever, self.corpus, self.limits, self.topk = retriever, retriever.corpus, limits, topk
+        check_shardable(type(retriever), self.corpus.shard)
         self.waiting = 0
         self.metrics = _Metrics(("/retrieve", "/access", "/passages", "/titles"), lambda: self.waiting)
         self.batcher = Batcher(retriever, limits.max_batch, self.metrics.searched)
         self.info = {
             "server": "carl-gym",
             "version": version("carl-gym"),
-            "corpus": {"fingerprint": self.corpus.fingerprint, "passages": len(self.corpus)},
+            "corpus": self.corpus.identity(),
             "retriever": retriever.describe(),
             "retriever_fingerprint": retriever_fingerprint(retriever),
+            "probe": list(retriever.probe()),
             "limits": asdict(limits),
         }
         self.headers = [

@@ -399,7 +399,8 @@ def wiki18() -> list[Figure]:
         ("mapped corpus on disk", 15.0, "GB", f"{bm25}, extrapolated from a million passages"),
         ("BM25 index on disk", 12.0, "GB", f"{bm25}, extrapolated from a million passages"),
         ("E5 Flat on disk, and in memory", flat, "GB", "passages x 768 x 4 bytes"),
-        ("E5 Flat on disk while it is built", 2 * flat, "GB", "shards and index, docs/retrieval.md"),
+        ("E5 Flat on disk while it is built", 2 * flat, "GB", "vectors and index, docs/retrieval.md"),
+        ("E5 Flat in 2, 4, 8 shards", f"{flat / 2:.1f}, {flat / 4:.1f}, {flat / 8:.1f}", "GB each", "--shard 0/8, ..."),
         ("E5 SQfp16, E5 SQ8", f"{flat / 2:.1f}, {flat / 4:.1f}", "GB", "2 bytes, 1 byte a number"),
     ]
     return [Figure("wiki-18", *figure) for figure in figures]
