@@ -106,7 +106,8 @@ def test_a_run_of_two_processes_is_that_of_one_which_goes_on_with_it(sharded, ti
     # Five of four questions a step: the processes have three and two of them, one of them twice. One to evaluate, so
     # that the second process has none. Few steps and small ones: rounding is to tip no draw.
     options = {"questions_per_step": 5, "learning_rate": 1e-6, "steps": 2, "save_every": 1, "keep_best": True}
-    options |= {"train_questions": 4, "eval_questions": 1, "background_saves": sharded}
+    options |= {"train_questions": 4, "eval_questions": 1}
+    options |= {"background_saves": True} if sharded else {}
     alone = Trainer(config(tiny_agent_folder, one, **options))
     taken = [[q.id for q in take_questions(alone.questions, step, 5, seed=0)] for step in range(2)]
     assert any(ids.index(ids[-1]) % 2 for ids in taken), "the two trees of a question grow in different processes"
