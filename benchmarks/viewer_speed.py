@@ -81,7 +81,7 @@ def made_up_tree(
 ) -> RolloutTree:
     """A tree of search agents whose forks lie in the first quarter of the trajectories."""
     rng = random.Random(seed)
-    syllables = "ka lo mi ren tas vel dor in el sha qui bran tor ne ul".split()
+    syllables = ["ka", "lo", "mi", "ren", "tas", "vel", "dor", "in", "el", "sha", "qui", "bran", "tor", "ne", "ul"]
     names = ["".join(rng.choices(syllables, k=rng.choice((1, 2, 2, 3)))) for _ in range(4000)]
 
     def prose(count: int) -> str:
@@ -130,12 +130,18 @@ def main(options: Options) -> int:
     if reason := missing():
         print(f"viewer_speed {reason}", file=sys.stderr)
         return 1
-    print("| passages | actions | page, MB | to drawn, ms | to painted, ms | to use, ms |\n|---|---:|---:|---:|---:|---:|")
+    print(
+        "| passages | actions | page, MB | to drawn, ms | to painted, ms | to use, ms |\n|---|---:|---:|---:|---:|---:|"
+    )
     with chromium() as browser, TemporaryDirectory() as folder:
         for name, distinct in (("another one every time", True), ("three of 300 per search", False)):
             words = Words()
             tree = made_up_tree(
-                words, leaves=options.leaves, turns=options.turns, passage_tokens=options.passage_tokens, distinct=distinct
+                words,
+                leaves=options.leaves,
+                turns=options.turns,
+                passage_tokens=options.passage_tokens,
+                distinct=distinct,
             )
             path = show(credited(tree), decode=words.decode).save(Path(folder) / "tree.html")
             times = []

@@ -11,12 +11,12 @@ from rich.console import Console
 
 from carl_gym.console import run_command, show_line
 from carl_gym.errors import ConfigError
-from carl_gym.tracking.viewer import run_page
+from carl_gym.tracking.viewer import PAGE_FILE, run_page
 
 
 @dataclass(frozen=True)
 class Options:
-    """Make one HTML file of the rollout trees that a training run kept, also of a run that was stopped or still goes on.
+    """Make one HTML file of the rollout trees that a training run kept, also of a run that was stopped or goes on.
     It needs no server and no network: open it in a browser."""
 
     run: tyro.conf.Positional[Path]
@@ -32,10 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write(options: Options) -> None:
-    page, output = run_page(options.run, options.question), options.output or options.run / "trees.html"
+    page, output = run_page(options.run, options.question), options.output or options.run / PAGE_FILE
     try:
         page.save(output)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a folder, in the second case
         raise ConfigError(f"{output} cannot be written ({error}); pass another --output") from error
     show_line(Console(), f"rollout trees ({output.stat().st_size / 1e6:.1f} MB): {output}")
 

@@ -1,9 +1,9 @@
 """Rollout trees as a page: one HTML file that needs no server and no network, for browsers, notebooks and MLflow.
 
-The page is the three files in `viewer_page/`, put together with the trees as JSON. Everything in the trees may come from
-strangers. So texts are embedded as JSON that holds no markup, with control characters written out (`harmless`); the
-script makes text nodes of them and nothing else, and a Content-Security-Policy lets nothing run or load but the page's
-own script and style, which it names by their hashes.
+The page is the three files in `viewer_page/`, put together with the trees as JSON. Everything in the trees may come
+from strangers. So texts are embedded as JSON that holds no markup, with control characters written out (`harmless`);
+the script makes text nodes of them and nothing else, and a Content-Security-Policy lets nothing run or load but the
+page's own script and style, which it names by their hashes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from carl_gym.tracking.tree_record import Credited, Decode, TreeRecord, read_rec
 PAGE = Path(__file__).with_name("viewer_page")
 RECORDS = "trees"
 """Folder of a run with a file of records for every moment at which trees were kept."""
+PAGE_FILE = "trees.html"
+"""Of a run's folder."""
 MOST_STEPS = 24
 """Moments of training that a run's page shows."""
 _PASSAGE = re.compile(r"(?<=\n)|(?<=Doc \d)(?=\(Title: )|(?<=Doc \d\d)(?=\(Title: )")
@@ -117,7 +119,9 @@ def tree_page(records: Sequence[TreeRecord], title: str = "") -> str:
     """
     if not records:
         raise ConfigError("a page of rollout trees needs at least one tree")
-    page, style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("page.html", "style.css", "script.js"))
+    page, style, script = (
+        (PAGE / name).read_text(encoding="utf-8") for name in ("page.html", "style.css", "script.js")
+    )
     parts = {"STYLE": style, "SCRIPT": script, "DATA": embedded(page_data(records, title))}
     parts["STYLE_HASH"], parts["SCRIPT_HASH"] = csp_hash(style), csp_hash(script)
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page)

@@ -18,13 +18,11 @@ from carl_gym.rollouts.collector import collect, count_repeats
 from carl_gym.rollouts.environment import EnvTask
 from carl_gym.rollouts.tree import RolloutTree
 from carl_gym.tracking.tree_record import Credited, tree_record, write_records
-from carl_gym.tracking.viewer import RECORDS, TreePage, run_page, show
+from carl_gym.tracking.viewer import PAGE_FILE, RECORDS, TreePage, run_page, show
 from carl_gym.training.config import TrainConfig
 from carl_gym.training.credited import CreditedTree, credit_trees
 from carl_gym.training.ranks import Ranks
 from carl_gym.training.scores import TreeScores
-
-PAGE_FILE = "trees.html"
 
 
 class KeptTrees:

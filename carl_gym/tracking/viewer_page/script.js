@@ -26,6 +26,8 @@ function draw(parent, name, attributes) {
 const clamp = (low, value, high) => Math.max(low, Math.min(value, high));
 const signed = (value, digits = 2) => (value > 0 ? "+" : value < 0 ? "−" : "") + Math.abs(value).toFixed(digits);
 const number = (value, digits = 2) => value === null ? "–" : (value < 0 ? "−" : "") + Math.abs(value).toFixed(digits);
+/** A log-prob in at most four characters. */
+const brief = (value) => value > -0.005 ? "0" : value > -0.995 ? "−" + value.toFixed(2).slice(2) : "−" + (-value).toFixed(value > -9.95 ? 1 : 0);
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 const plural = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 
@@ -64,9 +66,7 @@ const action = (node) => !node.source ? "start" : node.kind === "invalid" ? `inv
   node.argument ? `${node.kind}: ${node.argument}` : node.kind || node.tokens.join("");
 
 /** Trees by question, those of a question by step. */
-const QUESTIONS = [...Map.groupBy
-  ? Map.groupBy(DATA.trees, (tree) => tree.id).values()
-  : DATA.trees.reduce((groups, tree) => groups.set(tree.id, [...groups.get(tree.id) ?? [], tree]), new Map()).values()]
+const QUESTIONS = [...DATA.trees.reduce((all, raw) => all.set(raw.id, [...all.get(raw.id) ?? [], raw]), new Map()).values()]
   .map((raws) => {
     const trees = raws.map(unpack).sort((a, b) => (a.step ?? 0) - (b.step ?? 0));
     const all = trees.flatMap((tree) => tree.nodes), largest = (values) => Math.max(1e-9, ...values);
@@ -86,7 +86,7 @@ function showQuestion(index) {
   view.question = index;
   const {trees} = scale();
   $("question").value = String(index);
-  $("steps").hidden = trees.length < 2;
+  $("steps").hidden = $("trend").hidden = trees.length < 2;
   $("step").max = String(trees.length - 1);
   showStep(trees.length - 1);
 }
@@ -140,7 +140,7 @@ function shorten(text, width) {
 const x = (node) => LEFT + node.depth * view.column;
 const y = (node) => TOP + node.lane * view.lane;
 const weight = (node) => 1.2 + 1.05 * Math.log2(node.leaves);
-const radius = (node) => Math.min(3.6 + 0.9 * Math.sqrt(node.children.length - 1), view.lane * 0.36);
+const radius = (node) => Math.min(3.6 + 0.9 * Math.sqrt(Math.max(node.children.length - 1, 0)), view.lane * 0.36);
 const share = (value) => (value - scale().low) / (scale().high - scale().low || 1);
 const entropyColour = (value) => {
   const t = clamp(0, (value ?? 0) / scale().H, 1);
@@ -190,13 +190,13 @@ function layout() {
       if (bend) draw(group, "path", {class: "trunk", d: `M${from} ${top}V${level - bend}q0 ${bend} ${bend} ${bend}`});
       draw(group, "path", {class: "edge" + (node.trained === false ? " dropped" : ""), d: `M${from + bend} ${level}H${to}`,
         "stroke-width": Math.min(weight(node), view.lane * 0.4).toFixed(2)});
-      const room = view.column - 14, text = action(node), lift = level - 3 - Math.min(weight(node), view.lane * 0.4) / 2;
+      const start = Math.max(8, radius(node.source) + (isCritical(node.source) ? 6 : 3)), room = view.column - start - 6, text = action(node), lift = level - 3 - Math.min(weight(node), view.lane * 0.4) / 2;
       const faint = node.trained === false ? " faint" : "";
       if (dense) {
         if (view.lane >= 17) draw(group, "text", {class: "letter" + faint, x: (from + to) / 2, y: lift, "text-anchor": "middle"}).textContent = LETTERS[node.kind] ?? "·";
       } else {
         const letter = room < 96 && node.kind in LETTERS ? LETTERS[node.kind] + (node.argument ? " " + node.argument : "") : text;
-        draw(group, "text", {class: "label" + faint, x: from + 8, y: lift}).textContent = shorten(letter, room);
+        draw(group, "text", {class: "label" + faint, x: from + start, y: lift}).textContent = shorten(letter, room);
         if (node.A && node.trained && view.lane >= 21 && Math.abs(node.A) >= 5e-3) {
           draw(group, "text", {class: `value ${node.A > 0 ? "plus" : "minus"}`, x: to - radius(node) - 5, y: level + 11, "text-anchor": "end"}).textContent = signed(node.A);
         }
@@ -257,7 +257,7 @@ function legend(entropy) {
     if (credited) items.push(item(line("var(--blue)", 3), "A > 0"), item(line("var(--vermillion)", 3), "A < 0"), item(line("color-mix(in srgb, var(--ink) 70%, var(--ground))", 1.5), "A = 0"));
     items.push(item(make("i", {class: "ramp value"}), `V of states, R of ends: ${number(low)} to ${number(high)}`));
   }
-  if (credited) items.push(item(line(entropy ? "var(--grey)" : "var(--pale)", 2, "4 2.5"), "dropped from the update"));
+  if (credited) items.push(item(line(entropy ? "var(--grey)" : "var(--pale)", 2, "5 2"), "dropped from the update"));
   items.push(item(line("var(--grey)", 5), "the thicker, the more trajectories"));
   items.push(item(dot("circle", {cx: 7, cy: 7, r: 5.5, fill: "none", stroke: "var(--purple)", "stroke-width": 2.6}), "critical: its actions differ in value"));
   items.push(item(dot("rect", {x: 3, y: 3, width: 8, height: 8, fill: "var(--ink)"}), "answered"), item(dot("path", {d: "M7 2l5 5l-5 5l-5-5z", fill: "var(--ink)"}), "cut off"));
@@ -268,9 +268,11 @@ function legend(entropy) {
 
 // -- zoom -------------------------------------------------------------------------------------------------------------
 
+const canvasSize = () => `${$("canvas").clientWidth} ${$("canvas").clientHeight}`;
 function fit() {
   const canvas = $("canvas");
   view.fitted = true;
+  view.size = canvasSize();
   view.column = clamp(24, (canvas.clientWidth - LEFT - RIGHT) / Math.max(tree.depth, 1), 190);
   view.lane = clamp(17, (canvas.clientHeight - TOP - BOTTOM) / Math.max(tree.lanes - 1, 1), 36);
   layout();
@@ -367,7 +369,7 @@ function trace() {
   $("trail").setAttribute("d", `M${x(way[0])} ${y(way[0])}` + way.slice(1).map((n) => `V${y(n)}H${x(n)}`).join(""));
   $("trail").setAttribute("stroke-width", Math.min(12, view.lane * 0.5));
   const focus = $("focus");
-  for (const [key, value] of Object.entries({cx: x(node), cy: y(node), r: radius(node.children.length ? node : {children: [0]}) + 6})) focus.setAttribute(key, value);
+  for (const [key, value] of Object.entries({cx: x(node), cy: y(node), r: radius(node) + 6})) focus.setAttribute(key, value);
 }
 
 const sign = (node) => node.A === null ? make("span", {class: "gone"}, "–") : !node.trained ? make("span", {class: "gone"}, "dropped") :
@@ -424,7 +426,7 @@ function showTranscript(node) {
 function showTokens(node) {
   const block = make("div", {class: "action", dir: "auto"});
   node.tokens.forEach((token, i) => {
-    const logprob = node.logprobs[i], span = make("span", {"data-logprob": logprob === null ? "" : number(logprob, 2)}, token);
+    const logprob = node.logprobs[i], span = make("span", {"data-logprob": logprob === null ? "" : brief(logprob)}, token);
     if (logprob !== null) {
       span.title = `log-prob ${number(logprob, 3)}, probability ${Math.exp(logprob).toFixed(3)}`;
       span.style.setProperty("--surprise", (75 * (1 - Math.exp(logprob))).toFixed(0));
@@ -529,7 +531,7 @@ $("canvas").addEventListener("pointerdown", (event) => {
   addEventListener("pointermove", move);
   addEventListener("pointerup", stop, {once: true});
 });
-new ResizeObserver(() => { if (view.fitted && tree) { fit(); } }).observe($("canvas"));
+new ResizeObserver(() => { if (view.fitted && view.size !== canvasSize()) fit(); }).observe($("canvas"));
 let before = null;
 addEventListener("beforeprint", () => {
   before = {...view};
