@@ -254,7 +254,7 @@ class Page:
         return self.browser.find_elements("css selector", selector)
 
     def text(self, selector: str) -> str:
-        return self(selector).get_attribute("textContent")
+        return self.browser.execute_script("return document.querySelector(arguments[0]).textContent", selector)
 
     def press(self, *keys: str) -> None:
         for key in keys:
@@ -298,7 +298,9 @@ def page(browser: Chrome, tmp_path: Path) -> Iterator[Page]:
 
 
 def opened(page: Page, made: TreePage, folder: Path) -> None:
+    """Open a page, and wait until it has found its size."""
     page.browser.get(made.save(folder / "page.html").as_uri())
+    page.browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
     assert page.browser.execute_script("return document.documentElement.dataset.drawn")
 
 

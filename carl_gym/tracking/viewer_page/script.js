@@ -78,7 +78,7 @@ const QUESTIONS = [...DATA.trees.reduce((all, raw) => all.set(raw.id, [...all.ge
 
 // -- what is shown ----------------------------------------------------------------------------------------------------
 
-const view = {question: 0, step: 0, selected: null, column: 100, lane: 26, fitted: true, kinds: new Set(), trained: false, words: ""};
+const view = {question: 0, step: 0, selected: null, column: 100, lane: 26, fitted: true, hidden: new Set(), trained: false, words: ""};
 let tree = null, shown = [], marks = [];
 const scale = () => QUESTIONS[view.question];
 
@@ -101,7 +101,7 @@ function showStep(index) {
   $("text").textContent = tree.question;
   const trained = tree.edges.filter((node) => node.trained).length;
   const gold = make("b", {dir: "auto"}, tree.answers.join(" or ") || "–");
-  $("facts").replaceChildren("gold answer ", gold, ` · ${tree.step === null ? "" : `step ${tree.step} · `}policy version ${tree.version}`,
+  $("facts").replaceChildren("gold answer ", gold, ` · ${tree.step === null ? `policy version ${tree.version}` : `step ${tree.step}`}`,
     ` · ${plural(tree.ends.length, "trajectory").replace(/ys$/, "ies")} · ${plural(tree.edges.length, "action")}`,
     tree.edges.some((node) => node.trained !== null) ? `, ${trained.toLocaleString("en")} trained` : "",
     " · mean return ", make("b", {}, number(tree.mean)), ` · ${plural(tree.critical.length, "critical state")}`);
@@ -171,65 +171,71 @@ function describe(node) {
 
 /** Draw everything anew, at the present widths. */
 function layout() {
-  const svg = $("tree"), dense = view.column < 72;
+  const svg = $("tree"), layer = (attributes) => draw(svg, "g", attributes);
   const width = LEFT + tree.depth * view.column + RIGHT, height = TOP + (tree.lanes - 1) * view.lane + BOTTOM;
   for (const [key, value] of Object.entries({width, height, viewBox: `0 0 ${width} ${height}`})) svg.setAttribute(key, value);
   svg.replaceChildren();
-  const under = draw(svg, "g", {"aria-hidden": "true"}), edges = draw(svg, "g", {"aria-hidden": "true"}), over = draw(svg, "g", {role: "group"});
+  const under = layer({"aria-hidden": "true"}), edges = layer({"aria-hidden": "true"}), over = layer({role: "group"});
   draw(under, "path", {class: "trail", id: "trail", d: ""});
-  const starts = tree.nodes.filter((node) => !node.source);
-  if (starts.length > 1) draw(under, "path", {class: "roots", d: `M${LEFT} ${y(starts[0])}V${Math.max(...starts.map(y))}`});
-  const firsts = new Set();
+  const starts = tree.nodes.filter((node) => !node.source).map(y);
+  if (starts.length > 1) draw(under, "path", {class: "roots", d: `M${LEFT} ${Math.min(...starts)}V${Math.max(...starts)}`});
+  const started = new Set();
   marks = tree.nodes.map((node) => {
-    const mark = {edge: [], node: null}, first = !firsts.has(node.trajectory);
-    firsts.add(node.trajectory);
-    if (node.source) {
-      const from = x(node.source), to = x(node), top = y(node.source), level = y(node), bend = level > top ? 5 : 0;
-      const group = draw(edges, "g", {});
-      mark.edge.push(group);
-      if (bend) draw(group, "path", {class: "trunk", d: `M${from} ${top}V${level - bend}q0 ${bend} ${bend} ${bend}`});
-      draw(group, "path", {class: "edge" + (node.trained === false ? " dropped" : ""), d: `M${from + bend} ${level}H${to}`,
-        "stroke-width": Math.min(weight(node), view.lane * 0.4).toFixed(2)});
-      const start = Math.max(8, radius(node.source) + (isCritical(node.source) ? 6 : 3)), room = view.column - start - 6, text = action(node), lift = level - 3 - Math.min(weight(node), view.lane * 0.4) / 2;
-      const faint = node.trained === false ? " faint" : "";
-      if (dense) {
-        if (view.lane >= 17) draw(group, "text", {class: "letter" + faint, x: (from + to) / 2, y: lift, "text-anchor": "middle"}).textContent = LETTERS[node.kind] ?? "·";
-      } else {
-        const letter = room < 96 && node.kind in LETTERS ? LETTERS[node.kind] + (node.argument ? " " + node.argument : "") : text;
-        draw(group, "text", {class: "label" + faint, x: from + start, y: lift}).textContent = shorten(letter, room);
-        if (node.A && node.trained && view.lane >= 21 && Math.abs(node.A) >= 5e-3) {
-          draw(group, "text", {class: `value ${node.A > 0 ? "plus" : "minus"}`, x: to - radius(node) - 5, y: level + 11, "text-anchor": "end"}).textContent = signed(node.A);
-        }
-      }
-    }
-    const group = draw(over, "g", {role: "treeitem", id: `n${node.id}`, "aria-level": node.depth + 1, "aria-label": describe(node)});
-    const left = node.source ? x(node) - view.column + 8 : x(node) - 14;
-    draw(group, "rect", {class: "hit", x: left, y: y(node) - view.lane / 2, width: x(node) + (node.children.length ? 8 : RIGHT - 8) - left, height: view.lane, rx: 4});
-    if (isCritical(node)) draw(group, "circle", {class: "ring", cx: x(node), cy: y(node), r: radius(node) + 2.2 + Math.min(node.C * 2, 1), "stroke-width": (1.4 + 3.4 * Math.min(node.C, 0.5)).toFixed(2)});
-    if (node.children.length) draw(group, "circle", {class: "dot", cx: x(node), cy: y(node), r: radius(node).toFixed(2)});
-    else {
-      const half = Math.min(4.2, view.lane * 0.22), at = [x(node), y(node)];
-      if (node.end === "answered") draw(group, "rect", {class: "dot end", x: at[0] - half, y: at[1] - half, width: 2 * half, height: 2 * half});
-      else draw(group, "path", {class: "dot end", d: `M${at[0]} ${at[1] - half - 1}l${half + 1} ${half + 1}l${-half - 1} ${half + 1}l${-half - 1} ${-half - 1}z`});
-      draw(group, "text", {class: "return", x: at[0] + 9, y: at[1] + 3.6}).textContent = `R ${number(node.R)}`;
-    }
-    if (first) draw(group, "text", {class: "lane", x: node.source ? x(node.source) - 8 : x(node) - 14, y: y(node) + 3.2, "text-anchor": "end"}).textContent = node.trajectory;
-    mark.edge.push(group);
-    mark.node = group;
-    return mark;
+    const first = !started.has(node.trajectory);
+    started.add(node.trajectory);
+    return {edge: node.source && drawEdge(edges, node), node: drawState(over, node, first)};
   });
   draw(over, "circle", {class: "focus", id: "focus", r: 0});
   paint();
-  mark();
+  dim();
   if (view.selected) trace();
+}
+
+/** An action: down from the state before, where it is a fork, and to the right; its text above, its advantage below. */
+function drawEdge(parent, node) {
+  const group = draw(parent, "g", {}), {source} = node, from = x(source), to = x(node), level = y(node);
+  const bend = level > y(source) ? 5 : 0, thickness = Math.min(weight(node), view.lane * 0.4);
+  const write = (name, place, text) => { draw(group, "text", {class: name, ...place}).textContent = text; };
+  if (bend) draw(group, "path", {class: "trunk", d: `M${from} ${y(source)}V${level - bend}q0 ${bend} ${bend} ${bend}`});
+  draw(group, "path", {class: node.trained === false ? "edge dropped" : "edge", d: `M${from + bend} ${level}H${to}`, "stroke-width": thickness.toFixed(2)});
+  const faint = node.trained === false ? " faint" : "", above = level - 3 - thickness / 2, letter = LETTERS[node.kind] ?? "·";
+  if (view.column < 72) {
+    write("letter" + faint, {x: (from + to) / 2, y: above, "text-anchor": "middle"}, letter);
+    return group;
+  }
+  const start = from + Math.max(8, radius(source) + (isCritical(source) ? 6 : 3)), room = to - start - 6;
+  const text = room < 96 && node.kind in LETTERS ? `${letter} ${node.argument}` : action(node);
+  write("label" + faint, {x: start, y: above}, shorten(text, room));
+  if (node.trained && view.lane >= 21 && Math.abs(node.A) >= 5e-3) {
+    write(node.A > 0 ? "value plus" : "value minus", {x: to - radius(node) - 5, y: level + 11, "text-anchor": "end"}, signed(node.A));
+  }
+  return group;
+}
+
+/** A state: a dot, with a ring where it is critical, or an end with its return; all around it can be clicked. */
+function drawState(parent, node, first) {
+  const group = draw(parent, "g", {role: "treeitem", id: `n${node.id}`, "aria-level": node.depth + 1, "aria-label": describe(node)});
+  const cx = x(node), cy = y(node), inner = node.children.length > 0, half = Math.min(4.2, view.lane * 0.22);
+  const left = node.source ? cx - view.column + 8 : cx - 14, right = cx + (inner ? 8 : RIGHT - 8);
+  draw(group, "rect", {class: "hit", x: left, y: cy - view.lane / 2, width: right - left, height: view.lane, rx: 4});
+  if (isCritical(node)) {
+    const [r, thickness] = [radius(node) + 2.2 + Math.min(2 * node.C, 1), 1.4 + 3.4 * Math.min(node.C, 0.5)];
+    draw(group, "circle", {class: "ring", cx, cy, r, "stroke-width": thickness.toFixed(2)});
+  }
+  if (inner) draw(group, "circle", {class: "dot", cx, cy, r: radius(node).toFixed(2)});
+  else if (node.end === "answered") draw(group, "rect", {class: "dot end", x: cx - half, y: cy - half, width: 2 * half, height: 2 * half});
+  else draw(group, "path", {class: "dot end", d: `M${cx} ${cy - half - 1}l${half + 1} ${half + 1}l${-half - 1} ${half + 1}l${-half - 1} ${-half - 1}z`});
+  if (!inner) draw(group, "text", {x: cx + 9, y: cy + 3.6}).textContent = `R ${number(node.R)}`;
+  if (first) draw(group, "text", {class: "lane", x: node.source ? x(node.source) - 8 : cx - 14, y: cy + 3.2, "text-anchor": "end"}).textContent = node.trajectory;
+  return group;
 }
 
 /** Colours, which change without anything moving. */
 function paint() {
   const entropy = byEntropy();
   tree.nodes.forEach((node, id) => {
-    const [edge] = marks[id].edge, group = marks[id].node;
-    if (node.source) edge.style.setProperty("--colour", edgeColour(node));
+    const {edge, node: group} = marks[id];
+    if (edge) edge.style.setProperty("--colour", edgeColour(node));
     const fill = entropy && node.children.length ? entropyColour(node.H) : valueColour(worth(node));
     group.querySelector(".dot").style.setProperty("--colour", fill);
     group.querySelector(".dot").classList.toggle("end", !entropy || !node.children.length);
@@ -295,20 +301,23 @@ function zoom(factor, at = null) {
 function filter() {
   const words = view.words.toLowerCase();
   shown = tree.nodes.filter((node) => {
-    if (!node.source) return !words && !view.kinds.size && !view.trained;
-    if (view.kinds.has(node.kind) || (view.trained && !node.trained)) return false;
+    if (!node.source) return !narrowed();
+    if (view.hidden.has(node.kind) || (view.trained && !node.trained)) return false;
     if (!words) return true;
     node.search ??= `${node.tokens.join("")}\n${node.argument}\n${observation(node)}`.toLowerCase();
     return node.search.includes(words);
   });
-  mark();
-  const narrowed = words || view.kinds.size || view.trained;
-  $("found").textContent = narrowed ? `${shown.length} of ${tree.edges.length}` : "";
+  dim();
+  $("found").textContent = narrowed() ? `${shown.length} of ${tree.edges.length}` : "";
   if (view.selected) highlight();
 }
-function mark() {
-  const narrowed = view.words || view.kinds.size || view.trained, kept = new Set(shown);
-  tree.nodes.forEach((node, id) => marks[id].edge.forEach((part) => part.classList.toggle("dim", Boolean(narrowed) && !kept.has(node))));
+const narrowed = () => Boolean(view.words || view.hidden.size || view.trained);
+/** What is left out stays where it is, faintly. */
+function dim() {
+  const kept = new Set(shown), all = !narrowed();
+  tree.nodes.forEach((node, id) => {
+    for (const part of Object.values(marks[id])) part?.classList.toggle("dim", !all && !kept.has(node));
+  });
 }
 
 /** Mark the words in the transcript without touching its elements, where the browser can. */
@@ -333,8 +342,8 @@ function highlight() {
   CSS.highlights.set("found", new Highlight(...ranges));
 }
 
-/** The next of some nodes after the selected one, around the end. */
-function step(nodes, forward) {
+/** Select the next of some nodes after the selected one, around the end. */
+function advance(nodes, forward) {
   if (!nodes.length) return;
   const at = nodes.indexOf(view.selected);
   const next = at >= 0 ? at + (forward ? 1 : -1) : forward ? nodes.findIndex((node) => node.id > view.selected.id) : nodes.findLastIndex((node) => node.id < view.selected.id);
@@ -475,7 +484,7 @@ const KEYS = {
   ArrowLeft: () => view.selected.source, ArrowRight: () => view.selected.children[0],
   ArrowUp: () => vertical(-1), ArrowDown: () => vertical(1),
   Home: () => path(view.selected)[0], End: () => { let node = view.selected; while (node.children.length) node = node.children[0]; return node; },
-  c: () => step(tree.critical, true), C: () => step(tree.critical, false), n: () => step(shown, true), N: () => step(shown, false),
+  c: () => advance(tree.critical, true), C: () => advance(tree.critical, false), n: () => advance(shown, true), N: () => advance(shown, false),
   "[": () => showStep(view.step - 1), "]": () => showStep(view.step + 1),
   "+": () => zoom(1.25), "=": () => zoom(1.25), "-": () => zoom(0.8), "0": fit, d: toggleTheme,
   e: () => { document.querySelector("[name=colour]:not(:checked)").checked = true; paint(); },
@@ -485,7 +494,7 @@ document.addEventListener("keydown", (event) => {
   const {key, target} = event;
   if (event.ctrlKey || event.metaKey || event.altKey || $("keys").open) return;
   if (target === $("find")) {
-    if (key === "Enter") step(shown, !event.shiftKey);
+    if (key === "Enter") advance(shown, !event.shiftKey);
     else if (key === "Escape") { $("find").value = ""; search(); $("tree").focus(); }
     return;
   }
@@ -552,7 +561,7 @@ $("questions").hidden = QUESTIONS.length < 2;
 const kinds = new Set(DATA.trees.flatMap((raw) => raw.nodes.kind));
 for (const kind of [...Object.keys(LETTERS), ...kinds].filter((kind, i, all) => kinds.has(kind) && kind && all.indexOf(kind) === i)) {
   const box = make("input", {type: "checkbox", checked: "", name: kind});
-  box.addEventListener("change", () => { view.kinds[box.checked ? "delete" : "add"](kind); filter(); });
+  box.addEventListener("change", () => { view.hidden[box.checked ? "delete" : "add"](kind); filter(); });
   $("kinds").append(make("label", {class: "chip"}, box, make("span", {}, make("b", {}, LETTERS[kind] ?? "·"), ` ${kind}`)));
 }
 if (DATA.trees.some((raw) => raw.nodes.trained.some((trained) => trained !== null))) {
