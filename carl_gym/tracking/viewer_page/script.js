@@ -206,7 +206,7 @@ function drawEdge(parent, node) {
   const start = from + Math.max(8, radius(source) + (isCritical(source) ? 6 : 3)), room = to - start - 6;
   const text = room < 96 && node.kind in LETTERS ? `${letter} ${node.argument}` : action(node);
   write("label" + faint, {x: start, y: above}, shorten(text, room));
-  if (node.trained && view.lane >= 21 && Math.abs(node.A) >= 5e-3) {
+  if (node.trained && view.lane >= 27 && Math.abs(node.A) >= 5e-3) {
     write(node.A > 0 ? "value plus" : "value minus", {x: to - radius(node) - 5, y: level + 11, "text-anchor": "end"}, signed(node.A));
   }
   return group;
@@ -267,7 +267,7 @@ function legend(entropy) {
   items.push(item(line("var(--grey)", 5), "the thicker, the more trajectories"));
   items.push(item(dot("circle", {cx: 7, cy: 7, r: 5.5, fill: "none", stroke: "var(--purple)", "stroke-width": 2.6}), "critical: its actions differ in value"));
   items.push(item(dot("rect", {x: 3, y: 3, width: 8, height: 8, fill: "var(--ink)"}), "answered"), item(dot("path", {d: "M7 2l5 5l-5 5l-5-5z", fill: "var(--ink)"}), "cut off"));
-  const kinds = [...new Set(tree.edges.map((node) => node.kind))].filter((kind) => kind in LETTERS);
+  const kinds = Object.keys(LETTERS).filter((kind) => tree.edges.some((node) => node.kind === kind));
   items.push(make("span", {}, kinds.map((kind) => `${LETTERS[kind]} ${kind === "access" ? "access (a page)" : kind}`).join(" · ")));
   $("legend").replaceChildren(...items);
 }
@@ -545,7 +545,7 @@ let before = null;
 addEventListener("beforeprint", () => {
   before = {...view};
   view.column = clamp(24, (1050 - LEFT - RIGHT) / Math.max(tree.depth, 1), 190); // A4 across
-  view.lane = 24;
+  view.lane = clamp(18, 640 / tree.lanes, 34);
   layout();
   $("transcript").querySelectorAll("details").forEach((details) => { details.open = true; });
 });
