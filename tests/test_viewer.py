@@ -300,8 +300,10 @@ def page(browser: Chrome, tmp_path: Path) -> Iterator[Page]:
 def opened(page: Page, made: TreePage, folder: Path) -> None:
     """Open a page, and wait until it has found its size."""
     page.browser.get(made.save(folder / "page.html").as_uri())
-    page.browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
-    assert page.browser.execute_script("return document.documentElement.dataset.drawn")
+    page.browser.execute_async_script(
+        "const wait = (done) => document.documentElement.dataset.drawn ? done() : setTimeout(wait, 10, done);"
+        "wait(arguments[0])"
+    )
 
 
 Keys = {"left": "\ue012", "up": "\ue013", "right": "\ue014", "down": "\ue015", "enter": "\ue007", "escape": "\ue00c",
