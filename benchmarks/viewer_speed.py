@@ -4,9 +4,9 @@
 
 The tree is made up: `--leaves` trajectories of `--turns` actions that part in their first quarter. Either every
 observation is another passage of `--passage-tokens` tokens, which is the worst case, or a search brings three of 300.
-"open" is Chromium's time from the start of the navigation (a file on the disk) to the frame after the one that shows the
-tree, "click" that of a click on the last state of a trajectory until its transcript is laid out. Medians of `--repeats`
-and, in brackets, the slowest, in a browser that has been started before.
+"open" is Chromium's time from the start of the navigation (a file on the disk) to the frame after the one that shows
+the tree, "click" that of a click on the last state of a trajectory until its transcript is laid out. Medians of
+`--repeats` and, in brackets, the slowest, in a browser that has been started before.
 """
 
 from __future__ import annotations
