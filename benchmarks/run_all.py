@@ -28,6 +28,8 @@ import tyro
 
 FOLDER = Path(__file__).parent
 DATA = "CARL_GYM_DATA"
+COMMANDS = {"cuda": "nvidia-smi", "chromedriver": "chromedriver"}
+"""Needs that are there where a command is."""
 PACKAGES = ("torch", "transformers", "numpy", "vllm", "trl", "numba", "faiss-cpu")
 
 
@@ -39,7 +41,7 @@ class Benchmark:
         name: of the file, without `.py`.
         arguments: as on a shell's command line; `$CARL_GYM_DATA` stands for the folder with real data.
         minutes: roughly, on two cores with nothing else to do.
-        needs: modules, "cuda", or CARL_GYM_DATA: without them it is skipped.
+        needs: modules, "cuda", "chromedriver", or CARL_GYM_DATA: without them it is skipped.
     """
 
     name: str
@@ -81,6 +83,7 @@ BENCHMARKS = (
     Benchmark("step_speed", "--threads 1", 15),
     Benchmark("trl_comparison", "--seeds 0 1 --eval-every 3", 60, ("trl",)),
     Benchmark("vector_speed", "--sizes 64 64 64 1 8 256", 5, ("numba", DATA)),
+    Benchmark("viewer_speed", minutes=1, needs=("selenium", "chromedriver")),
     Benchmark("vllm_speed", minutes=10, needs=("vllm",)),
 )
 
@@ -128,8 +131,8 @@ def skipped(benchmark: Benchmark) -> str:
 def available(need: str) -> bool:
     if need == DATA:
         return bool(os.environ.get(DATA))
-    if need == "cuda":
-        return shutil.which("nvidia-smi") is not None
+    if need in COMMANDS:
+        return shutil.which(COMMANDS[need]) is not None
     return importlib.util.find_spec(need) is not None
 
 

@@ -181,6 +181,7 @@ def make_plan(options: Options) -> Plan:
         "eval_questions": options.eval_questions or (300 if options.rise else 1000),
         "threads": options.threads,
         "save_every": 2,
+        "tree_questions": 0,
         "bad_updates": NEVER,  # a run that diverges is scored like any other
     }
     search: dict[str, object] = {

@@ -104,7 +104,10 @@ def test_an_adapter_on_other_weights_or_a_spoiled_one_is_refused(run, tiny_agent
     path = last_checkpoint(folder) / "adapter" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     (last_checkpoint(folder) / "files.json").unlink()  # else the damage is noticed, and an older one taken
-    with pytest.warns(UserWarning, match="without checksums"), pytest.raises(DataError, match="not the adapter of this run"):
+    with (
+        pytest.warns(UserWarning, match="without checksums"),
+        pytest.raises(DataError, match="not the adapter of this run"),
+    ):
         Trainer(config(tiny_agent_folder, folder, lora_rank=4, learning_rate=3e-3, resume=True))
 
 

@@ -118,6 +118,7 @@ def test_a_run_is_resumed_with_the_same_settings_or_ones_that_change_no_result(t
         "bad_updates": 9,
         "save_every": 3,
         "keep_best": True,
+        "tree_questions": 0,
     }
     again = dataclasses.replace(config, **changes)
     assert set(changes) == set(MAY_CHANGE)

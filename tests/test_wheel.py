@@ -65,8 +65,9 @@ def test_the_wheel_carries_cards_agents_and_data_but_no_built_index(wheel):
             assert f"carl_gym/_cards/{folder}/{card.name}" in names
     for path in (ROOT / "agents").rglob("*"):
         assert path.is_dir() or f"carl_gym/_cards/agents/{path.relative_to(ROOT / 'agents').as_posix()}" in names
-    for path in (ROOT / "carl_gym" / "data").rglob("*"):
-        assert path.is_dir() or path.relative_to(ROOT).as_posix() in names
+    for folder in ("data", "tracking/viewer_page"):
+        for path in (ROOT / "carl_gym" / folder).rglob("*"):
+            assert path.is_dir() or path.relative_to(ROOT).as_posix() in names
     assert all(name.startswith(("carl_gym/", "carl_gym-")) or name == "carl_gym_verifiers.py" for name in names)
     assert {name.rpartition(".")[2] for name in names if name.startswith("carl_gym/_cards/retrieval_index/")} == {
         "toml"

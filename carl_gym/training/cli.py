@@ -13,6 +13,7 @@ from rich.table import Table
 
 from carl_gym.console import hide_model_bars, progress_bar, run_command, show_line, show_warnings, shown
 from carl_gym.errors import DataError
+from carl_gym.tracking.viewer import PAGE_FILE
 from carl_gym.training.config import TrainConfig
 from carl_gym.training.config_file import read_options
 from carl_gym.training.profile_report import TABLE_FILE, TRACE_FILE
@@ -76,6 +77,8 @@ def run(options: Options) -> None:
             show_line(console, step_line(metrics))
     console.print(result_table([*stored, trainer.summary()]))
     places = [f"checkpoint, metrics and figures: {config.output_dir}", f"tracking: {trainer.tracker.ui_command}"]
+    if (page := config.output_dir / PAGE_FILE).is_file():
+        places.append(f"rollout trees: open {page} in a browser")
     if trainer.profiler.steps:
         places.append(
             f"profile: {config.output_dir / TABLE_FILE}; open {config.output_dir / TRACE_FILE} at https://ui.perfetto.dev"

@@ -22,7 +22,7 @@ Packing = Literal["tree", "rows"]
 CONFIG_FILE = "config.json"
 MAY_CHANGE = (
     "resume", "output_dir", "threads", "tracking_uri", "urls", "weights_dir", "save_every", "keep", "keep_best",
-    "background_saves", "bad_updates", "gradient_checkpointing", "hang_seconds",
+    "background_saves", "bad_updates", "gradient_checkpointing", "hang_seconds", "tree_questions",
 )  # fmt: skip
 """Settings that a resumed run may give anew: they do not change what it computes."""
 
@@ -108,6 +108,8 @@ class TrainConfig:
     """Steps between evaluations; one comes before the first step and one after the last."""
     eval_actions: int | None = None
     """Evaluate after every so many generated actions instead, as algorithms generate different numbers in a step."""
+    tree_questions: int = 2
+    """Held-out questions whose rollout trees are kept at every evaluation, for trees.html; 0 for none."""
     save_every: int = 10
     """Steps between checkpoints."""
     keep: int = 2
@@ -178,7 +180,7 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be a number above 0 where it is given, not {value}")
         if self.lora_alpha is not None and self.lora_rank is None:
             raise ConfigError(f"lora_alpha {self.lora_alpha} is that of an adapter; give its lora_rank as well")
-        for name in ("eval_questions", "seed"):
+        for name in ("eval_questions", "tree_questions", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.minibatches > self.questions_per_step:

@@ -39,6 +39,7 @@ from carl_gym.training.checkpoints import Progress, checkpoints, load_checkpoint
 from carl_gym.training.config import MAY_CHANGE, TrainConfig, check_output_dir, claim_output_dir
 from carl_gym.training.credited import CreditedTree, credit_trees, trained_rows
 from carl_gym.training.instruments import instrumented
+from carl_gym.training.kept_trees import KeptTrees
 from carl_gym.training.learner import Learner, NotFinite, UpdateMetrics
 from carl_gym.training.manifest import without_damaged
 from carl_gym.training.metrics import rollout_metrics, trained_tokens, update_metrics
@@ -159,6 +160,9 @@ class Trainer:
         if self.tracker is not None:
             self.tracker.log_rows(self.history)  # where the store lacks any
         self.last_tree: CreditedTree | None = None
+        self.trees = KeptTrees(
+            config, self.algorithm, self.eval_task, self.eval_questions, self.agent, self.scores, self.ranks
+        )
 
     def _load_agent(self, name: str) -> Agent:
         """This process' agent. Of several that use the same servers the main one hands them the weights."""
@@ -408,6 +412,8 @@ class Trainer:
                 by_question |= {f"{name}_em": [e.em for e in episodes], f"{name}_f1": [e.f1 for e in episodes]}
         if self.eval_questions and self.ranks.is_main:
             write_json(self.config.output_dir / EVALUATION_FILE, by_question)
+        with self._phase("kept trees"):
+            self.trees.keep(self.progress.step)
         if self.agent.shares_weights:
             # The next step must not meet what evaluation left in the cache: a resumed run does not have it. (With an
             # engine of its own no run is repeated bit for bit, and a sync costs more.)
@@ -481,6 +487,8 @@ class Trainer:
                 self.last_tree.tree, self.last_tree.advantages, self.last_tree.selected, folder / "rollout_tree.png"
             )
             figures.append("rollout_tree")
+        if page := self.trees.page(self.last_tree):
+            tracker.log_artifact(page)
         write_json(folder / SUMMARY_FILE, self.summary())
         for name in figures:
             for suffix in (".png", ".svg"):
