@@ -26,8 +26,8 @@ RUN = {
     "train-questions": 8, "eval-questions": 2, "eval-every": 3, "save-every": 1, "keep": 2, "threads": 1,
     "device": "cpu",
 }  # fmt: skip
-LONG = 3.0
-"""Seconds of a step at most, when a moment in the next one is chosen: the time until step 0 is mostly start-up."""
+FIRST = 2.0
+"""Seconds after step 0 within which a moment is chosen; later ones are within the time that the step before took."""
 PATIENCE = 600.0
 """Seconds without any progress after which the benchmark itself gives up."""
 INDEX = "miniwiki-bm25"
@@ -244,7 +244,7 @@ class Run:
         self.wait_for_step(step - 1)
         before = time.monotonic()
         self.wait_for_step(step)
-        pause = self.rng.random() * min(time.monotonic() - before, LONG)
+        pause = self.rng.random() * (time.monotonic() - before if step else FIRST)
         time.sleep(pause)
         if self.process.exitcode is not None:
             raise SystemExit(f"{self.folder}: the run ended before the fault; its output is there in {self.log.name}")

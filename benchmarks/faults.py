@@ -242,6 +242,7 @@ FAULTS = {
     "kill": Fault("kill -9 of the trainer", kill),
     "rank": Fault("kill -9 of one of two trainer processes", kill_rank, "ranks"),
     "sigterm": Fault("SIGTERM to the trainer", terminate),
+    "sigterm-ranks": Fault("SIGTERM to the launcher of two processes", terminate, "ranks"),
     "disk": Fault("full disk", fill_disk, "disk"),
     "damage": Fault("kill -9, and the newest checkpoint damaged", damage, first=4),
     "retrieval": Fault("kill -9 of one of two retrieval servers", kill_replica, "retrieval"),
