@@ -164,12 +164,14 @@ class Run:
         self.servers, self.folder, self.rng, self.world = servers, folder, rng, world
         self.output = folder / "disk" / "run"
         self.starts = self.spoiled = 0
-        self.uri = f"sqlite:///{servers.folder / 'mlflow.db'}"
+        # Beside the output directory, as it is by default, when that disk is to be full; else one store for all.
+        self.store = (self.output.parent if world == "disk" else servers.folder) / "mlflow.db"
+        self.uri = f"sqlite:///{self.store}"
         self.environment: dict[str, str] = {}
         self.moment = ""
         self._options: dict[str, object] = {}
         if world == "mlflow":
-            self.uri = servers.mlflow().url
+            self.uri, self.store = servers.mlflow().url, servers.folder / "mlflow-server" / "mlflow.db"
             self.environment = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
         if world == "retrieval":
             recipe = folder / "remote.toml"

@@ -214,7 +214,7 @@ def hang_mlflow(run: Run) -> Iterator[None]:
 @contextmanager
 def lock_mlflow(run: Run) -> Iterator[None]:
     """Another program has the SQLite file to itself for two steps."""
-    with contextlib.closing(sqlite3.connect(run.uri.removeprefix("sqlite:///"), timeout=60)) as store:
+    with contextlib.closing(sqlite3.connect(run.store, timeout=60)) as store:
         store.execute("BEGIN EXCLUSIVE")
         run.wait_for_step(run.logged() + 2)
         store.rollback()
@@ -296,16 +296,13 @@ def end_of(run: Run) -> End:
 
 def in_mlflow(run: Run) -> bool:
     """Whether its MLflow run has every metric of every step once."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=run.uri)
     run_id = json.loads((run.output / "mlflow_run.json").read_text(encoding="utf-8"))["run_id"]
+    with contextlib.closing(sqlite3.connect(run.store, timeout=60)) as store:  # not by MLflow: it keeps the file open
+        status = store.execute("SELECT status FROM runs WHERE run_uuid = ?", [run_id]).fetchone()
+        found = store.execute("SELECT key, step FROM metrics WHERE run_uuid = ?", [run_id]).fetchall()
     rows = [json.loads(line) for line in run.lines]
-    return client.get_run(run_id).info.status == "FINISHED" and all(
-        sorted(metric.step for metric in client.get_metric_history(run_id, name))
-        == [row["step"] for row in rows if name in row]
-        for name in set().union(*rows) - {"step"}
-    )
+    expected = [(name, row["step"]) for row in rows for name in row if name != "step"]
+    return status == ("FINISHED",) and sorted(found) == sorted(expected)
 
 
 def inject(name: str, number: int, options: Options, servers: Servers, undisturbed: End) -> Injection:

@@ -1,4 +1,4 @@
-"""What becomes of a run whose MLflow store cannot be reached for a while, or does not answer: a real server, and SQLite."""
+"""What becomes of a run whose MLflow store is away for a while, or does not answer: a real server, and SQLite."""
 
 from __future__ import annotations
 
