@@ -118,7 +118,9 @@ class Servers:
         store = self.folder / "mlflow-server"
         store.mkdir(exist_ok=True)
         places = ["--backend-store-uri", f"sqlite:///{store / 'mlflow.db'}", "--artifacts-destination", str(store)]
-        return self._ready("mlflow", ["-m", "mlflow", "server", "--workers", "1", *places], "/health")
+        # Without the six processes for jobs that nobody gives it.
+        environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        return self._ready("mlflow", ["-m", "mlflow", "server", "--workers", "1", *places], "/health", environment)
 
     def vllm(self) -> Server:
         environment = {
