@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -55,7 +56,8 @@ class DiskTransfer:
             save_file({name: weight.contiguous().cpu() for name, weight in weights.items()}, partial)
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:  # the latter is how safetensors puts a full disk
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
             raise PolicyError(
                 f"the weights for the servers cannot be written to {path} ({error}); make room there, or name a folder "
                 "on another disk with --weights-dir"
