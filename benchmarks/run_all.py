@@ -68,6 +68,7 @@ BENCHMARKS = (
     Benchmark("dense_speed", "--passages 10000 100000", 15, ("faiss", "sentence_transformers")),
     Benchmark("env_comparison", minutes=2),
     Benchmark("env_speed", f"--data-dir ${DATA}/hotpotqa", 3, (DATA,)),
+    Benchmark("faults", minutes=240),
     Benchmark("fork_choice", minutes=10),
     Benchmark(
         "packing_speed",

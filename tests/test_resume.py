@@ -166,6 +166,14 @@ def test_a_line_of_the_metrics_that_was_cut_off_is_dropped(tiny_agent_folder, tm
     check(tmp_path / "run", whole, uri)
 
 
+def test_metrics_that_are_not_all_there_are_told(tiny_agent_folder, tmp_path, uri):
+    start(tiny_agent_folder, tmp_path / "run", uri, 3)  # steps 0, 1 and 2, and a checkpoint
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text("".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[:2]), encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"metrics.jsonl is damaged: of steps 0 to 2 it has 2"):
+        Trainer(config(tiny_agent_folder, tmp_path / "run", tracking_uri=uri, resume=True))
+
+
 @pytest.mark.parametrize(
     ("name", "said"), [("model.safetensors", r"model\.safetensors has other contents"), ("files.json", "")]
 )

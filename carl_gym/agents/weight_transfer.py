@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from carl_gym.agents import vllm_engine
@@ -53,8 +55,13 @@ class DiskTransfer:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file({name: weight.contiguous().cpu() for name, weight in weights.items()}, partial)
             os.replace(partial, path)
-        except OSError as error:
-            raise PolicyError(f"the weights cannot be written to {path}: {error}") from error
+        except (OSError, SafetensorError) as error:  # the latter is how safetensors puts a full disk
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise PolicyError(
+                f"the weights for the servers cannot be written to {path} ({error}); make room there, or name a folder "
+                "on another disk with --weights-dir"
+            ) from error
         self._kept.append(path)
         for old in self._kept[:-2]:
             old.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -437,6 +438,8 @@ class Trainer:
             self.tracker.log_step(step, {name: value for name, value in metrics.items() if name != "step"})
             with (self.config.output_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint that survives a power cut must not be ahead of it
         return metrics
 
     def _kept_history(self) -> list[dict[str, float]]:
@@ -451,6 +454,11 @@ class Trainer:
                 break
             if metrics["step"] <= self.progress.step:
                 kept.append(metrics)
+        if 0 < self.progress.step >= len(kept):
+            warnings.warn(
+                f"{path} is damaged: of steps 0 to {self.progress.step} it has {len(kept)}; the rest may be in MLflow",
+                stacklevel=2,
+            )
         if lines:
             partial = path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept), encoding="utf-8")

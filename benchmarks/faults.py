@@ -1,0 +1,434 @@
+"""Faults injected into real training runs at random moments: what happened, what was lost, and where the runs ended.
+
+    OMP_NUM_THREADS=1 python benchmarks/faults.py [--faults kill disk] [--times 20] [--backend vllm-server]
+
+An injection is a training run of its own (the tiny agent on MiniWiki, 6 small steps, a checkpoint after each) that
+meets one fault, at a random moment after step 0, and is started again with `--resume` as long as it ends with an error
+or asks for it. Servers are real processes on this machine. The end is compared with that of a run nobody disturbed:
+
+- state: weights, optimiser and random state of the last checkpoint, bit for bit;
+- metrics: metrics.jsonl, except for times;
+- kept: what was logged up to the checkpoint that the run was resumed from is still there, letter for letter;
+- MLflow: every metric of every step once.
+
+With vLLM runs do not repeat bit for bit: state and metrics then only have to be there, for every step once.
+Finished injections are lines of OUTPUT_DIR/injections.jsonl and are not done again; the folder of one that did not
+end as it should stays. Linux only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from disturbed_run import STEPS, Run, Servers
+
+ATTEMPTS = 5
+"""Starts of one run, after which it counts as lost."""
+BACKENDS = ("transformers", "vllm-server")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Inject faults into training runs and see where the runs end."""
+
+    faults: tuple[str, ...] = ()
+    """Which; all that the backend has by default. `--list` names them."""
+    times: int = 20
+    """Injections of each."""
+    backend: Literal["transformers", "vllm-server"] = "transformers"
+    """What samples. vllm-server starts one server on this machine."""
+    seed: int = 0
+    """Of the random moments and places."""
+    output_dir: Path = Path("runs/faults")
+    """Where runs, and the record of finished injections, go."""
+    list: bool = False
+    """Only say which faults there are."""
+    report: bool = False
+    """Inject nothing; print the table of what is recorded, of both backends."""
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What became of one."""
+
+    backend: str
+    fault: str
+    number: int
+    moment: str
+    """When and what exactly."""
+    codes: list[int]
+    """Of the run's processes, in order: exit codes, negative for signals."""
+    redone: int
+    """Most steps that were logged and had to be done again after one start."""
+    kept: bool
+    state: bool
+    metrics: bool
+    mlflow: bool
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return self.codes[-1] == 0 and self.state and self.metrics and self.kept and self.mlflow
+
+
+# -- faults ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that happens to a run.
+
+    Attributes:
+        title: for the table.
+        happen: called at the random moment; after its yield comes what an operator does once the process has ended.
+        world: what the run has otherwise: ranks (two processes), retrieval (two servers), mlflow (a server), disk (a
+            small one), vllm; "" for nothing.
+        first: the fault comes after that step at the earliest.
+    """
+
+    title: str
+    happen: Callable[[Run], AbstractContextManager[None]]
+    world: str = ""
+    first: int = 0
+
+
+@contextmanager
+def kill(run: Run) -> Iterator[None]:
+    os.kill(run.pid, signal.SIGKILL)
+    yield
+
+
+@contextmanager
+def kill_rank(run: Run) -> Iterator[None]:
+    ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    rank = run.rng.randrange(len(ranks))
+    os.kill(int(ranks[rank]), signal.SIGKILL)
+    run.moment += f", rank {rank}"
+    yield
+
+
+@contextmanager
+def terminate(run: Run) -> Iterator[None]:
+    os.kill(run.pid, signal.SIGTERM)
+    yield
+
+
+@contextmanager
+def fill_disk(run: Run) -> Iterator[None]:
+    """Leave less room than a checkpoint takes, down to nothing; make room before the run is resumed."""
+    disk = os.statvfs(run.output)
+    left = run.rng.choice([0, run.rng.randrange(8 << 20)])
+    ballast = run.output.parent / "ballast"
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, disk.f_bavail * disk.f_frsize - left))
+    run.moment += f", {left:,} bytes left"
+    yield
+    ballast.unlink()
+
+
+@contextmanager
+def damage(run: Run) -> Iterator[None]:
+    """Kill the run, and cut off or change something in its newest checkpoint."""
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    file = run.rng.choice(sorted(path for path in run.checkpoints()[-1].iterdir() if path.stat().st_size))
+    content = bytearray(file.read_bytes())
+    place = run.rng.randrange(len(content))
+    if run.rng.random() < 0.5:
+        content[place] ^= 1 << run.rng.randrange(8)
+        run.moment += f", a bit of {file.name} flipped"
+    else:
+        content = content[:place]
+        run.moment += f", {file.name} cut off"
+    file.write_bytes(content)
+    run.spoiled = 1
+    yield
+
+
+@contextmanager
+def kill_replica(run: Run) -> Iterator[None]:
+    run.rng.choice(run.servers.retrieval()).signal(signal.SIGKILL)
+    yield
+
+
+@contextmanager
+def kill_replicas(run: Run) -> Iterator[None]:
+    """Both; they are back after a while, for which the run may or may not have waited."""
+    for server in run.servers.retrieval():
+        server.signal(signal.SIGKILL)
+    pause = run.rng.uniform(0, 8)
+    run.moment += f", for {pause:.1f} s"
+    time.sleep(pause)
+    run.servers.retrieval()
+    yield
+
+
+@contextmanager
+def hang_replica(run: Run) -> Iterator[None]:
+    run.rng.choice(run.servers.retrieval()).signal(signal.SIGSTOP)
+    yield
+
+
+@contextmanager
+def kill_mlflow(run: Run) -> Iterator[None]:
+    """It is back two steps later, or when the run has ended."""
+    run.servers.mlflow().signal(signal.SIGKILL)
+    run.wait_for_step(run.logged() + 2)
+    run.servers.mlflow()
+    yield
+
+
+@contextmanager
+def kill_mlflow_for_good(run: Run) -> Iterator[None]:
+    run.servers.mlflow().signal(signal.SIGKILL)
+    yield
+    run.servers.mlflow()
+
+
+@contextmanager
+def hang_mlflow(run: Run) -> Iterator[None]:
+    run.servers.mlflow().signal(signal.SIGSTOP)
+    run.wait_for_step(run.logged() + 2)
+    run.servers.mlflow()
+    yield
+
+
+@contextmanager
+def lock_mlflow(run: Run) -> Iterator[None]:
+    """Another program has the SQLite file to itself for two steps."""
+    with contextlib.closing(sqlite3.connect(run.store, timeout=60)) as store:
+        store.execute("BEGIN EXCLUSIVE")
+        run.wait_for_step(run.logged() + 2)
+        store.rollback()
+    yield
+
+
+@contextmanager
+def kill_vllm(run: Run) -> Iterator[None]:
+    run.servers.vllm().signal(signal.SIGKILL)
+    run.servers.vllm()
+    yield
+
+
+@contextmanager
+def hang_vllm(run: Run) -> Iterator[None]:
+    pause = run.rng.uniform(5, 20)
+    run.servers.vllm().signal(signal.SIGSTOP)
+    time.sleep(pause)
+    run.servers.vllm()
+    run.moment += f", for {pause:.0f} s"
+    yield
+
+
+FAULTS = {
+    "kill": Fault("kill -9 of the trainer", kill),
+    "rank": Fault("kill -9 of one of two trainer processes", kill_rank, "ranks"),
+    "sigterm": Fault("SIGTERM to the trainer", terminate),
+    "sigterm-ranks": Fault("SIGTERM to the launcher of two processes", terminate, "ranks"),
+    "disk": Fault("full disk", fill_disk, "disk"),
+    "damage": Fault("kill -9, and the newest checkpoint damaged", damage, first=4),
+    "retrieval": Fault("kill -9 of one of two retrieval servers", kill_replica, "retrieval"),
+    "retrieval-all": Fault("kill -9 of both, back after 0-8 s and their start", kill_replicas, "retrieval"),
+    "retrieval-hang": Fault("one of two retrieval servers hangs", hang_replica, "retrieval"),
+    "mlflow": Fault("kill -9 of the MLflow server, back after two steps", kill_mlflow, "mlflow"),
+    "mlflow-gone": Fault("the same, back after the run's end", kill_mlflow_for_good, "mlflow"),
+    "mlflow-hang": Fault("the MLflow server hangs for two steps", hang_mlflow, "mlflow"),
+    "mlflow-locked": Fault("MLflow's SQLite file locked for two steps", lock_mlflow),
+    "vllm": Fault("kill -9 of the only vLLM server, then started again", kill_vllm, "vllm"),
+    "vllm-hang": Fault("the only vLLM server hangs for 5-20 s", hang_vllm, "vllm"),
+}
+
+
+# -- injections ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class End:
+    """How a run ended, to be compared with how another did.
+
+    Attributes:
+        state: digest of weights, optimiser and random numbers; "" where there is no checkpoint of the last step.
+        rows: of metrics, without what differs from run to run.
+    """
+
+    state: str
+    rows: list[dict[str, float]]
+
+
+def end_of(run: Run) -> End:
+    import torch
+    from safetensors.torch import load_file
+
+    found = run.checkpoints()
+    if not found or found[-1].name != f"step-{STEPS:06d}":
+        return End("", [])
+    saved = torch.load(found[-1] / "trainer.pt", weights_only=True)
+    optimizer = {
+        f"{key}/{name}": value for key, entry in saved["optimizer"]["state"].items() for name, value in entry.items()
+    }
+    digest = hashlib.sha256()
+    for name, tensor in sorted(
+        {**load_file(found[-1] / "model.safetensors"), **optimizer, "rng": saved["rng"]}.items()
+    ):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    own = ("seconds", "cpu_seconds")
+    rows = [{k: v for k, v in json.loads(line).items() if k not in own and "time/" not in k} for line in run.lines]
+    return End(digest.hexdigest(), rows)
+
+
+def in_mlflow(run: Run) -> bool:
+    """Whether its MLflow run has every metric of every step once."""
+    run_id = json.loads((run.output / "mlflow_run.json").read_text(encoding="utf-8"))["run_id"]
+    with contextlib.closing(sqlite3.connect(run.store, timeout=60)) as store:  # not by MLflow: it keeps the file open
+        status = store.execute("SELECT status FROM runs WHERE run_uuid = ?", [run_id]).fetchone()
+        found = store.execute("SELECT key, step FROM metrics WHERE run_uuid = ?", [run_id]).fetchall()
+    rows = [json.loads(line) for line in run.lines]
+    expected = [(name, row["step"]) for row in rows for name in row if name != "step"]
+    return status == ("FINISHED",) and sorted(found) == sorted(expected)
+
+
+def inject(name: str, number: int, options: Options, servers: Servers, undisturbed: End) -> Injection:
+    """One run with one fault. Its folder stays if it did not end as it should."""
+    fault, started = FAULTS[name], time.monotonic()
+    rng = random.Random(f"{options.seed} {options.backend} {name} {number}")
+    folder = options.output_dir / f"{options.backend}-{name}-{number}"
+    with under_way(servers, folder, rng, options.backend, fault.world) as run:
+        run.wait_for_moment(fault.first)
+        with fault.happen(run):
+            codes, redone, kept = [run.wait()], 0, True
+        while (codes[-1] or run.said("the same command with --resume")) and len(codes) < ATTEMPTS:
+            before, committed = run.lines, run.committed()
+            codes.append(run.again())
+            # Times differ in a step that was done again.
+            pairs = enumerate(zip(before, run.lines, strict=False))
+            same = next((i for i, (old, new) in pairs if old != new), len(before))
+            redone = max(redone, len(before) - same)
+            kept = kept and same > committed
+        end = end_of(run)
+        injection = Injection(
+            options.backend, name, number, run.moment, codes, redone, kept,
+            state=bool(end.state) and (end.state == undisturbed.state or options.backend != "transformers"),
+            metrics=end.rows == undisturbed.rows
+            or (options.backend != "transformers" and [row["step"] for row in end.rows] == list(range(STEPS + 1))),
+            mlflow=in_mlflow(run), seconds=round(time.monotonic() - started, 1),
+        )  # fmt: skip
+    if injection.ok:
+        shutil.rmtree(folder)
+    return injection
+
+
+@contextmanager
+def under_way(servers: Servers, folder: Path, rng: random.Random, backend: str, world: str) -> Iterator[Run]:
+    """A run that was started, in a new folder; nothing of it is left running."""
+    disk = folder / "disk"
+    if disk.is_mount():  # of a benchmark that was killed
+        subprocess.run(["umount", str(disk)], check=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    disk.mkdir(parents=True)
+    if world == "disk":
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "faults", str(disk)], check=True)
+    try:
+        run = Run(servers, folder, rng, backend, world)
+        try:
+            yield run
+        finally:
+            run.stop()
+    finally:
+        if world == "disk":
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+def undisturbed_end(servers: Servers, options: Options, world: str) -> End:
+    """How a run ends that nothing happens to; remembered in the output directory."""
+    path = options.output_dir / f"undisturbed-{options.backend}{world and '-'}{world}.json"
+    if not path.is_file():
+        with under_way(servers, path.with_suffix(""), random.Random(0), options.backend, world) as run:
+            if run.wait() or not in_mlflow(run):
+                raise SystemExit(f"{run.folder}: a run that nothing happened to failed")
+            path.write_text(json.dumps(dataclasses.asdict(end_of(run))), encoding="utf-8")
+    return End(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def table(done: Sequence[Injection]) -> str:
+    """What became of all injections, by fault, with the failures named below."""
+    lines = [
+        "| fault | times | exit codes of the process | starts after it, most | steps done again, most | "
+        "committed steps lost | MLflow complete | ended as undisturbed |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, fault in FAULTS.items():
+        if found := [injection for injection in done if injection.fault == name]:
+            codes = Counter(injection.codes[0] for injection in found)
+            cells = [
+                fault.title,
+                len(found),
+                ", ".join(f"{code}{f' ({n})' if len(codes) > 1 else ''}" for code, n in codes.most_common()),
+                max(len(injection.codes) - 1 for injection in found),
+                max(injection.redone for injection in found),
+                sum(not injection.kept for injection in found),
+                sum(injection.mlflow for injection in found),
+                sum(injection.ok for injection in found),
+            ]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += [f"\nNot as undisturbed: {injection}" for injection in done if not injection.ok]
+    return "\n".join(lines)
+
+
+def main(options: Options) -> None:
+    names = options.faults or tuple(FAULTS)
+    if unknown := [name for name in names if name not in FAULTS]:
+        raise SystemExit(f"no fault {unknown[0]!r}; there are {', '.join(FAULTS)}")
+    chosen = [name for name in names if not (why_not(name, options.backend))]
+    if options.list:
+        for name in names:
+            print(f"{name}: {FAULTS[name].title} {why_not(name, options.backend)}".strip())
+        return
+    options = dataclasses.replace(options, output_dir=options.output_dir.resolve())
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    record = options.output_dir / "injections.jsonl"
+    done = [Injection(**json.loads(line)) for line in record.read_text().splitlines()] if record.is_file() else []
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # before the process that runs are forked from imports it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server is left behind
+    with contextlib.closing(Servers(options.output_dir)) as servers:
+        for number in range(0 if options.report else options.times):
+            for name in chosen:
+                if (options.backend, name, number) not in {(i.backend, i.fault, i.number) for i in done}:
+                    world = "ranks" if FAULTS[name].world == "ranks" else ""  # rounding is not that of one process
+                    injection = inject(name, number, options, servers, undisturbed_end(servers, options, world))
+                    print("ok" if injection.ok else "NOT AS IT SHOULD BE", injection, file=sys.stderr, flush=True)
+                    with record.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(dataclasses.asdict(injection)) + "\n")
+                    done.append(injection)
+    for backend in BACKENDS:
+        if found := [injection for injection in done if injection.backend == backend]:
+            print(f"### {backend}\n\n{table(found)}\n")
+
+
+def why_not(name: str, backend: str) -> str:
+    """Why a fault cannot be injected here; "" if it can."""
+    world = FAULTS[name].world
+    if world == "vllm" and backend != "vllm-server":
+        return "(with --backend vllm-server)"
+    return "(needs root, to mount a small disk)" if world == "disk" and os.getuid() != 0 else ""
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
