@@ -16,6 +16,7 @@ from training_runs import arguments, config, last_checkpoint, metrics, weights
 from carl_gym import make_task
 from carl_gym.agents.agent import load_agent
 from carl_gym.algorithms import get_algorithm, token_weights
+from carl_gym.errors import ConfigError
 from carl_gym.rollouts.collector import collect
 from carl_gym.training.learner import Learner
 from carl_gym.training.questions import take_questions
@@ -154,6 +155,12 @@ def test_a_process_without_a_launcher_is_alone():
         "x",
         [1.0, 2.0],
     )
+
+
+def test_a_launcher_that_asks_for_what_would_not_be_done_is_told(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match=r"configured for Deepspeed.*fsdp2\.yaml"):
+        launched()
 
 
 def test_shares_are_every_so_many_th_item():

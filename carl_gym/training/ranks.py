@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import torch
 
+from carl_gym.errors import ConfigError
+
 T = TypeVar("T")
 
 
@@ -93,14 +95,27 @@ def launched(device: str | None = None) -> Ranks:
 
     Args:
         device: `cpu` keeps processes off the GPUs.
+
+    Raises:
+        ConfigError: the launcher asks for what would not be done.
     """
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if _asked_for(name):
+            raise ConfigError(
+                f"the launcher is configured for {name.replace('_', '-').title()}, which this trainer does not use; "
+                "scripts/configs/fsdp2.yaml shards weights, gradients and optimiser like ZeRO-3"
+            )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     from accelerate import PartialState
 
     # Processes wait for the slowest rollouts of a step, which may take longer than NCCL's ten minutes.
     state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+    sharded = _asked_for("FSDP")
     # Else transformers leaves models empty in all processes but the first, and they are to sample from them.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return Ranks(state.process_index, state.num_processes, state.device, sharded)
+
+
+def _asked_for(what: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() in ("1", "true")

@@ -15,7 +15,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +43,7 @@ from carl_gym.training.kept_trees import KeptTrees
 from carl_gym.training.learner import Learner, NotFinite, UpdateMetrics
 from carl_gym.training.manifest import without_damaged
 from carl_gym.training.metrics import rollout_metrics, trained_tokens, update_metrics
+from carl_gym.training.metrics_file import METRICS_FILE, append_metrics, kept_metrics
 from carl_gym.training.preemption import Preempted, Preemption
 from carl_gym.training.profile_report import write_profile
 from carl_gym.training.profiler import Profiler
@@ -55,7 +55,6 @@ from carl_gym.training.scores import TreeScores
 from carl_gym.training.segments import Row
 from carl_gym.training.watchdog import Watchdog
 
-METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 EVALUATION_FILE = "evaluation.json"
 RUN_FILE = "mlflow_run.json"
@@ -157,7 +156,9 @@ class Trainer:
         self.watchdog = Watchdog(f"process {self.ranks.index} of {self.ranks.count}", config.hang_seconds)
         self.canary = None if self.agent.shares_weights else self._canary()
         self.tracker = self._tracker() if self.ranks.is_main else None
-        self.history: list[dict[str, float]] = self.ranks.agree(self._kept_history() if self.ranks.is_main else [])
+        self.history: list[dict[str, float]] = self.ranks.agree(
+            kept_metrics(config.output_dir, self.progress.step) if self.ranks.is_main else []
+        )
         if self.tracker is not None:
             self.tracker.log_rows(self.history)  # where the store lacks any
         self.last_tree: CreditedTree | None = None
@@ -436,34 +437,8 @@ class Trainer:
         with self._phase("logging"):
             # MLflow first: after a kill, a step that only MLflow has is done again; step 0 of the file would not be.
             self.tracker.log_step(step, {name: value for name, value in metrics.items() if name != "step"})
-            with (self.config.output_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
-                file.flush()
-                os.fsync(file.fileno())  # a checkpoint that survives a power cut must not be ahead of it
+            append_metrics(self.config.output_dir, metrics)
         return metrics
-
-    def _kept_history(self) -> list[dict[str, float]]:
-        """The metrics of the steps that the checkpoint knows of; later lines are dropped, since they are done again."""
-        path = self.config.output_dir / METRICS_FILE
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = []
-        for line in lines:
-            try:
-                metrics = json.loads(line)
-            except ValueError:  # cut off by a kill in mid-write; whatever follows is later still
-                break
-            if metrics["step"] <= self.progress.step:
-                kept.append(metrics)
-        if 0 < self.progress.step >= len(kept):
-            warnings.warn(
-                f"{path} is damaged: of steps 0 to {self.progress.step} it has {len(kept)}; the rest may be in MLflow",
-                stacklevel=2,
-            )
-        if lines:
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept), encoding="utf-8")
-            partial.replace(path)
-        return kept
 
     def _tracker(self) -> MlflowTracker:
         config, path = self.config, self.config.output_dir / RUN_FILE
