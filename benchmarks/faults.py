@@ -246,10 +246,12 @@ FAULTS = {
     "disk": Fault("full disk", fill_disk, "disk"),
     "damage": Fault("kill -9, and the newest checkpoint damaged", damage, first=4),
     "retrieval": Fault("kill -9 of one of two retrieval servers", kill_replica, "retrieval"),
-    "retrieval-all": Fault("kill -9 of both, back after 0-8 s and their start", kill_replicas, "retrieval"),
+    "retrieval-all": Fault(
+        "kill -9 of both retrieval servers, back after 0-8 s and their start", kill_replicas, "retrieval"
+    ),
     "retrieval-hang": Fault("one of two retrieval servers hangs", hang_replica, "retrieval"),
     "mlflow": Fault("kill -9 of the MLflow server, back after two steps", kill_mlflow, "mlflow"),
-    "mlflow-gone": Fault("the same, back after the run's end", kill_mlflow_for_good, "mlflow"),
+    "mlflow-gone": Fault("kill -9 of the MLflow server, back after the run's end", kill_mlflow_for_good, "mlflow"),
     "mlflow-hang": Fault("the MLflow server hangs for two steps", hang_mlflow, "mlflow"),
     "mlflow-locked": Fault("MLflow's SQLite file locked for two steps", lock_mlflow),
     "vllm": Fault("kill -9 of the only vLLM server, then started again", kill_vllm, "vllm"),
