@@ -94,6 +94,16 @@ def test_trees_that_cannot_be_credited_are_kept_without_credit(tiny_agent_folder
     assert {node["A"] for node in record["nodes"]} == {None}
 
 
+def test_a_damaged_record_does_not_end_a_run_with_an_error(tiny_agent_folder, tmp_path, uri):
+    trainer = Trainer(config(tiny_agent_folder, tmp_path / "run", tracking_uri=uri, steps=1))
+    rows = trainer.run()
+    next(rows)
+    (tmp_path / "run" / "trees" / FILES[0]).write_text("[{", encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"no page of rollout trees: .*step-000000\.json"):
+        list(rows)
+    assert (tmp_path / "run" / "summary.json").is_file() and not (tmp_path / "run" / "trees.html").exists()
+
+
 def test_a_negative_number_of_questions_is_refused():
     with pytest.raises(ConfigError, match="tree_questions must be at least 0"):
         TrainConfig(tree_questions=-1)

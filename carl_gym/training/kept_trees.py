@@ -18,7 +18,7 @@ from carl_gym.rollouts.collector import collect, count_repeats
 from carl_gym.rollouts.environment import EnvTask
 from carl_gym.rollouts.tree import RolloutTree
 from carl_gym.tracking.tree_record import Credited, tree_record, write_records
-from carl_gym.tracking.viewer import PAGE_FILE, RECORDS, TreePage, run_page, show
+from carl_gym.tracking.viewer import PAGE_FILE, RECORDS, run_page, show
 from carl_gym.training.config import TrainConfig
 from carl_gym.training.credited import CreditedTree, credit_trees
 from carl_gym.training.ranks import Ranks
@@ -78,13 +78,19 @@ class KeptTrees:
             write_records(config.output_dir / RECORDS / f"step-{step:06d}.json", records)
 
     def page(self, last: CreditedTree | None) -> Path | None:
-        """Write the page of all steps; of `last`, a tree of the last training step, where no questions are kept."""
-        page: TreePage | None = None
-        if self.questions:
-            page = run_page(self._config.output_dir)
-        elif last is not None:
-            page = show(last, decode=self._decode)
-        return page.save(self._config.output_dir / PAGE_FILE) if page else None
+        """Write the page of all steps; of `last`, a tree of the last training step, where no trees were kept.
+
+        A page that cannot be made is a warning, since a run that is otherwise complete should not end with an error.
+        """
+        folder, page = self._config.output_dir, None
+        try:
+            if any((folder / RECORDS).glob("step-*.json")):
+                page = run_page(folder)
+            elif last is not None:
+                page = show(last, decode=self._decode)
+        except CarlGymError as error:
+            warnings.warn(f"no page of rollout trees: {error}", stacklevel=2)
+        return page.save(folder / PAGE_FILE) if page else None
 
     def _measure(self, trees: Sequence[RolloutTree]) -> bool:
         """Whether credit has all it needs: what an algorithm requires was checked of the training questions only."""
