@@ -309,8 +309,9 @@ class Trainer:
             updates = [self._update(credited, start, end) for start, end in itertools.pairwise(cuts)]
             learned = self.scores.learn(trees, cuts)
         updated = time.perf_counter()
-        with self._phase("rollout"):
-            self.sampler.wait()
+        if ahead:
+            with self._phase("rollout"):
+                self.sampler.wait()
         waited = time.perf_counter()
         with self._phase("sync"):
             gap = self._sync()
