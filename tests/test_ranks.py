@@ -18,6 +18,7 @@ from carl_gym.agents.agent import load_agent
 from carl_gym.algorithms import get_algorithm, token_weights
 from carl_gym.errors import ConfigError
 from carl_gym.rollouts.collector import collect
+from carl_gym.training.checkpoints import UNWRITABLE
 from carl_gym.training.learner import Learner
 from carl_gym.training.questions import take_questions
 from carl_gym.training.ranks import ALONE, Ranks, launched
@@ -145,6 +146,14 @@ def test_optimiser_states_by_number_are_read(tiny_agent_folder, trees_of_rows):
     other.load_state(one.optimizer.state_dict())
     for mine, theirs in zip(one.optimizer.state.values(), other.optimizer.state.values(), strict=True):
         assert all(torch.equal(mine[name], theirs[name]) for name in ("exp_avg", "exp_avg_sq", "step"))
+
+
+def test_shards_that_cannot_be_written_are_known_as_such(tiny_agent_folder, trees_of_rows, tmp_path):
+    learner = Learner(load_agent(str(tiny_agent_folder), device="cpu").model, learning_rate=1e-3)
+    learner.update([row for tree in trees_of_rows[0] for row in tree], 0.2, 0.2)
+    (tmp_path / "file").write_text("no folder")
+    assert isinstance(learner.write_shards(tmp_path / "file" / "optimizer").exception(), UNWRITABLE)
+    assert learner.write_shards(tmp_path / "optimizer").exception() is None
 
 
 def test_a_process_without_a_launcher_is_alone():

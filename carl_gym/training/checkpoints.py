@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from carl_gym.agents.agent import Agent
 from carl_gym.errors import DataError
@@ -26,8 +27,8 @@ from carl_gym.training.manifest import write_manifest
 STATE_FILE = "trainer.pt"
 SHARDS = "optimizer"
 """Folder of the optimiser's state where it is sharded; else it is in the file."""
-UNWRITABLE = (OSError, RuntimeError, SafetensorError)
-"""How Python, torch and safetensors put a full disk."""
+UNWRITABLE = (OSError, RuntimeError, SafetensorError, CheckpointException)
+"""How Python, torch, safetensors and torch's distributed checkpoints put a full disk."""
 BEST_FOLDER = "best"
 BEST_FILE = "score.json"
 
@@ -120,7 +121,7 @@ def put_in_place(partial: Path, final: Path) -> None:
     _flush(final.parent)
 
 
-def cannot_write(partial: Path, final: Path, error: Exception) -> DataError:
+def cannot_write(partial: Path, final: Path, error: BaseException) -> DataError:
     """What to raise when it cannot be written; removes what there is of it."""
     shutil.rmtree(partial, ignore_errors=True)
     return DataError(

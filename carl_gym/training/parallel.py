@@ -133,7 +133,11 @@ def write_shards(
         folder: for all processes the same.
         group: through which they talk, when it is to be written beside other things, from a copy; it is written when
             this returns otherwise.
+
+    Returns:
+        A future, which also has the failure: of the disk (OSError), or CheckpointException, that of any process.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
@@ -143,7 +147,10 @@ def write_shards(
         assert isinstance(saved, Future)
         return saved
     done: Future[Any] = Future()
-    done.set_result(save(_moments(module, optimizer), storage_writer=writer))
+    try:
+        done.set_result(save(_moments(module, optimizer), storage_writer=writer))
+    except (OSError, CheckpointException) as error:
+        done.set_exception(error)
     return done
 
 
