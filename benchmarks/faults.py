@@ -141,11 +141,13 @@ def terminate(run: Run) -> Iterator[None]:
 @contextmanager
 def fill_disk(run: Run) -> Iterator[None]:
     """Leave less room than a checkpoint takes, down to nothing; make room before the run is resumed."""
-    disk = os.statvfs(run.output)
     left = run.rng.choice([0, run.rng.randrange(8 << 20)])
     ballast = run.output.parent / "ballast"
     with ballast.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, disk.f_bavail * disk.f_frsize - left))
+        while not ballast.stat().st_size:
+            disk = os.statvfs(run.output)
+            with contextlib.suppress(OSError):  # the run has taken some meanwhile
+                os.posix_fallocate(file.fileno(), 0, max(1, disk.f_bavail * disk.f_frsize - left))
     run.moment += f", {left:,} bytes left"
     yield
     ballast.unlink()

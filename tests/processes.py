@@ -10,9 +10,9 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 
-def launch(processes: int, *command: object, sharded: bool = False) -> None:
+def launch(processes: int, *command: object, layout: str = "ddp") -> None:
     """Run a program in that many connected processes, as docs/scaling.md has it."""
-    settings = TESTS.parent / "scripts" / "configs" / ("fsdp2.yaml" if sharded else "ddp.yaml")
+    settings = TESTS.parent / "scripts" / "configs" / f"{layout}.yaml"
     run = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings)]
     run += ["--num_processes", str(processes), "--main_process_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,16 +68,20 @@ def uneven(trees: list[list[Row]], step: int, processes: int) -> list[list[Row]]
     return shares
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_learn_what_one_would(processes, tiny_agent_folder, trees_of_rows, alone, tmp_path):
+@pytest.mark.parametrize(("processes", "layout"), [(2, "ddp"), (4, "ddp"), (2, "zero3")])
+def test_processes_learn_what_one_would(processes, layout, tiny_agent_folder, trees_of_rows, alone, tmp_path):
+    """With the launcher's settings for DDP also FSDP2, which differ by what the worker asks for."""
+    if layout == "zero3":
+        pytest.importorskip("deepspeed")
     shares = [uneven(trees, step, processes) for step, trees in enumerate(trees_of_rows)]
     assert [not step[-1] for step in shares] == [True, False, True, False, True]
     (tmp_path / "shares.pickle").write_bytes(pickle.dumps(shares))
-    launch(processes, TESTS / "rank_worker.py", tiny_agent_folder, tmp_path / "shares.pickle", tmp_path)
+    worker = TESTS / "rank_worker.py"
+    launch(processes, worker, tiny_agent_folder, tmp_path / "shares.pickle", tmp_path, layout=layout)
     start = {n: p.detach() for n, p in load_agent(str(tiny_agent_folder), device="cpu").model.named_parameters()}
     expected = load_file(alone.with_suffix(".safetensors"))
     moved = distance(start, expected)
-    for kind in ("ddp", "fsdp", "offload"):
+    for kind in ("ddp", "fsdp", "offload") if layout == "ddp" else ("zero3", "zero3-chunks"):
         found = load_file(tmp_path / f"{kind}-{processes}.safetensors")
         assert found.keys() == expected.keys()
         assert distance(found, expected) <= 1e-5, kind
@@ -89,7 +94,7 @@ def test_processes_learn_what_one_would(processes, tiny_agent_folder, trees_of_r
             assert one.gap == pytest.approx(other.gap, rel=1e-2, abs=1e-4)
             assert one.clip_fraction == pytest.approx(other.clip_fraction, abs=1e-2)
     adapted = load_file(alone.with_name("alone-lora.safetensors"))
-    for kind in ("ddp-lora", "fsdp-lora"):
+    for kind in ("ddp-lora", "fsdp-lora") if layout == "ddp" else ("zero3-lora",):
         found = load_file(tmp_path / f"{kind}-{processes}.safetensors")
         assert found.keys() == start.keys()
         assert distance(found, adapted) <= 1e-2 * distance(start, adapted), kind
@@ -101,20 +106,22 @@ def test_processes_learn_what_one_would(processes, tiny_agent_folder, trees_of_r
     )
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_a_run_of_two_processes_is_that_of_one_which_goes_on_with_it(sharded, tiny_agent_folder, tmp_path):
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "zero3"])
+def test_a_run_of_two_processes_is_that_of_one_which_goes_on_with_it(layout, tiny_agent_folder, tmp_path):
     """Everything but rounding: trees, metrics, evaluations, weights; and its checkpoint serves any number."""
+    if layout == "zero3":
+        pytest.importorskip("deepspeed")
     one, two = tmp_path / "one", tmp_path / "two"
     # Five of four questions a step: the processes have three and two of them, one of them twice. One to evaluate, so
     # that the second process has none. Few steps and small ones: rounding is to tip no draw.
     options = {"questions_per_step": 5, "learning_rate": 1e-6, "steps": 2, "save_every": 1, "keep_best": True}
     options |= {"train_questions": 4, "eval_questions": 1}
-    options |= {"background_saves": True} if sharded else {}
+    options |= {"background_saves": True} if layout == "fsdp2" else {}
     alone = Trainer(config(tiny_agent_folder, one, **options))
     taken = [[q.id for q in take_questions(alone.questions, step, 5, seed=0)] for step in range(2)]
     assert any(ids.index(ids[-1]) % 2 for ids in taken), "the two trees of a question grow in different processes"
     list(alone.run())
-    launch(2, TRAIN, *arguments(tiny_agent_folder, two, **options), sharded=sharded)
+    launch(2, TRAIN, *arguments(tiny_agent_folder, two, **options), layout=layout)
     own = {"seconds", "cpu_seconds", "update/tokens", "update/needed"}  # of processes, not of the run
     for mine, theirs in zip(metrics(one), metrics(two), strict=True):
         assert mine.keys() == theirs.keys()
@@ -167,13 +174,24 @@ def test_a_process_without_a_launcher_is_alone():
 
 
 def test_a_launcher_that_asks_for_what_would_not_be_done_is_told(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigError, match=r"configured for Deepspeed.*fsdp2\.yaml"):
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
+    with pytest.raises(ConfigError, match=r"configured for Megatron-LM.*fsdp2\.yaml"):
         launched()
-    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    monkeypatch.delenv("ACCELERATE_USE_MEGATRON_LM")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
     with pytest.raises(ConfigError, match="fsdp_offload_params is for the shards of several processes"):
+        launched()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match="DeepSpeed is for the shards of several processes"):
+        launched()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"missing \(.*pip install .*\[deepspeed\]"):
+        patch.setitem(sys.modules, "deepspeed", None)
+        launched()
+    pytest.importorskip("deepspeed")
+    with pytest.raises(ConfigError, match=r"ZeRO stage 2; 3 is used \(scripts/configs/zero3\.yaml\)"):
         launched()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,6 +41,7 @@ class LogprobModel(nn.Module):
         *,
         targets: torch.Tensor | None = None,
         tree: TokenTree | None = None,
+        head_calls: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of tokens, each given what it comes after: `input_ids[rows, columns]`, unless `targets` says which.
 
@@ -50,6 +52,7 @@ class LogprobModel(nn.Module):
             temperature: logits are divided by it, as the sampler did.
             targets: (n,) the asked tokens. In a tree the next token in memory need not be the next of the sequence.
             tree: how the tokens of the only row hang together; needs `tree_attention` around it.
+            head_calls: how often the head runs at least, for processes that have to call it equally often.
 
         Returns:
             Log-probs (n,), in float32, and the entropy in nats (n,, no gradient) of the distributions they are from.
@@ -62,8 +65,9 @@ class LogprobModel(nn.Module):
             targets = input_ids[rows, columns]
         sources, which = (rows * input_ids.shape[1] + columns - 1).unique(return_inverse=True)
         chosen, order = hidden.flatten(0, 1)[sources], which.argsort()
-        step = max(1, CHUNK // self.model.config.vocab_size)
-        starts = range(0, max(1, len(sources)), step)  # a part even where nothing is asked
+        step = self._most_positions()
+        starts = [*range(0, len(sources), step)]
+        starts += [len(sources)] * (head_calls - len(starts))  # parts even where nothing is asked
         cuts = torch.searchsorted(which[order], torch.tensor([*starts, len(sources)], device=which.device)).tolist()
         found = []
         for start, low, high in zip(starts, cuts[:-1], cuts[1:], strict=True):
@@ -74,6 +78,14 @@ class LogprobModel(nn.Module):
         back = order.argsort()
         logprobs, entropy = (torch.cat(parts)[back] for parts in zip(*found, strict=True))
         return logprobs, entropy
+
+    def head_calls(self, tokens: int) -> int:
+        """How often the head runs at most, for that many asked tokens."""
+        return max(1, math.ceil(tokens / self._most_positions()))
+
+    def _most_positions(self) -> int:
+        """Of one call of the head."""
+        return max(1, CHUNK // self.model.config.vocab_size)
 
     def _head(
         self, hidden: torch.Tensor, which: torch.Tensor, targets: torch.Tensor, temperature: float

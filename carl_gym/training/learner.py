@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,10 @@ from carl_gym.training.adapter import plain_weights
 from carl_gym.training.config import Packing
 from carl_gym.training.loss import ppo_clip, truncated_importance
 from carl_gym.training.packing import Batch, packs, padded, unique_tokens
-from carl_gym.training.parallel import (
-    apart,
-    load_optimiser_state,
-    optimiser_state,
-    read_shards,
-    spread,
-    whole,
-    whole_weights,
-    write_shards,
-)
+from carl_gym.training.parallel import Spread
 from carl_gym.training.ranks import ALONE, Ranks
 from carl_gym.training.segments import Row
+from carl_gym.training.zero3 import Zero3
 
 _ZERO = np.zeros(1, np.float32)
 IDLE = Row(np.zeros(2, np.int64), np.ones(1, np.int64), _ZERO, _ZERO, _ZERO)
@@ -115,19 +108,14 @@ class Learner:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model = LogprobModel(model)
         self.temperature = temperature
-        self.max_grad_norm = max_grad_norm
         self.packing = packing
         self.batch_tokens = batch_tokens
         self.autocast = autocast
         self.importance_cap = importance_cap
         self.ranks = ranks
-        self._spread = spread(self.model, ranks, autocast)
-        self.optimizer = torch.optim.AdamW(
-            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
-            lr=learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=weight_decay,
-        )
+        adamw = partial(torch.optim.AdamW, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
+        self._spread = (Zero3 if ranks.zero3 else Spread)(self.model, ranks, adamw, max_grad_norm, autocast)
+        self.optimizer = self._spread.optimizer
 
     def update(self, rows: Sequence[Row], clip_low: float, clip_high: float) -> UpdateMetrics | None:
         """One optimiser step on the minibatch; None, and no step, when nothing is to be trained.
@@ -144,6 +132,10 @@ class Learner:
         passes = int(ranks.largest(len(batches))[0])
         if not passes:
             return None
+        heads = [1] * passes
+        if self._spread.in_lockstep:
+            own = [self.model.head_calls(len(batch.targets)) for batch in batches]
+            heads = list(map(int, ranks.largest(*own, *heads[len(own) :])))
         model.train()
         self.optimizer.zero_grad(set_to_none=True)
         loss = clipped = gap = entropy = 0.0
@@ -153,10 +145,16 @@ class Learner:
                 busy = number < len(batches)
                 batch = batches[number] if busy else self._batches([IDLE])[0]
                 ids, index, columns, targets, sampled, advantages, weights = batch.tensors(self.model.device)
-                with apart(self._spread, last=number == passes - 1):
+                with self._spread.apart(last=number == passes - 1):
                     with self._autocast():
                         logprobs, entropies = self._spread(
-                            ids, index, columns, self.temperature, targets=targets, tree=batch.tree
+                            ids,
+                            index,
+                            columns,
+                            self.temperature,
+                            targets=targets,
+                            tree=batch.tree,
+                            head_calls=heads[number],
                         )
                     if self.importance_cap is None:
                         terms = ppo_clip(logprobs, sampled, advantages, weights, clip_low, clip_high)
@@ -170,17 +168,15 @@ class Learner:
                     entropy += float(entropies.sum())
                     tokens += ids.numel()
                     trained += len(logprobs)
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)))
         weight, needed = sum(float(row.weights.sum()) for row in rows), unique_tokens(rows)
         loss, clipped, entropy, weight, *counts = ranks.total(loss, clipped, entropy, weight, trained, tokens, needed)
         (gap,) = ranks.largest(gap)
+        norm = self._spread.step(allowed=math.isfinite(loss))
         if not math.isfinite(loss) or not math.isfinite(norm):
-            self.optimizer.zero_grad(set_to_none=True)
             raise NotFinite(
                 f"the loss ({loss}) or the gradient norm ({norm}) is not finite; no step was taken. Lower the learning "
                 "rate, or resume from the last checkpoint"
             )
-        self.optimizer.step()
         trained, tokens, needed = map(int, counts)
         return UpdateMetrics(loss, clipped / weight, gap, entropy / trained, norm, tokens, needed)
 
@@ -188,28 +184,33 @@ class Learner:
         """The model's parameters by name, an adapter's added to them. Every process has to ask for them; the first one
         gets them, or all do.
         """
-        found = whole_weights(self.model, keep=everywhere or self.ranks.is_main)
+        found = self._spread.weights(keep=everywhere or self.ranks.is_main)
         return plain_weights(self.model.model, found) if found else found
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """The parameters that learn, by name. Every process has to ask for them; the first one gets them."""
-        return whole_weights(self.model, keep=self.ranks.is_main, trained=True)
+        return self._spread.weights(keep=self.ranks.is_main, trained=True)
 
     def state(self) -> dict[str, Any]:
         """What the optimiser remembers, for `load_state`. Every process has to ask for it; the first one gets it."""
-        return optimiser_state(self.model, self.optimizer)
+        return self._spread.state()
+
+    @property
+    def writes_shards(self) -> bool:
+        """Whether `write_shards` is to be used in place of `state`, which would put everything together."""
+        return self._spread.writes_shards
 
     def write_shards(self, folder: Path, group: ProcessGroup | None = None) -> Future[Any]:
-        """The same, each process its own part, into a folder that all see; see `parallel.write_shards`."""
-        return write_shards(self.model, self.optimizer, folder, group)
+        """The same, each process its own part, into a folder that all see; see `Spread.write_shards`."""
+        return self._spread.write_shards(folder, group)
 
     def read_shards(self, folder: Path) -> None:
         """Go on with what was written so, by any number of processes."""
-        read_shards(self.model, self.optimizer, folder)
+        self._spread.read_shards(folder)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on with what another learner remembers, however many processes it had."""
-        load_optimiser_state(self.model, self.optimizer, state)
+        self._spread.load_state(state)
 
     def _batches(self, rows: Sequence[Row]) -> list[Batch]:
         if not rows:

@@ -2,14 +2,14 @@
 
 Whole, every process takes its own rows through a copy and gradients are averaged (DDP). In shards, parameters,
 gradients and optimiser are split over the processes, and layers are put together as they are needed. Both average over
-processes: a loss that is a sum over all of them is to be multiplied by their number.
+processes: a loss that is a sum over all of them is to be multiplied by their number. (`zero3.py` is a third way.)
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -24,21 +24,170 @@ from carl_gym.agents.logprob_model import LogprobModel
 from carl_gym.errors import ConfigError, PolicyError
 from carl_gym.training.ranks import Ranks
 
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
-def spread(module: LogprobModel, ranks: Ranks, compute: torch.dtype | None = None) -> nn.Module:
-    """What to call in place of the module; with shards it is the module itself, whose parameters are replaced.
+
+class Spread:
+    """A model in the processes of a run, and the optimiser of what learns in it. All processes call the same methods.
+
+    Attributes:
+        module: the model.
+        optimizer: of its parameters, or of this process' shards of them.
+        writes_shards: whether every process writes its part of what the optimiser remembers.
+        in_lockstep: whether processes have to call the modules in the model equally often.
 
     Args:
-        module: with the same weights in every process.
+        module: with the same weights in every process. With shards its parameters are replaced.
         ranks: as the launcher started them.
+        make_optimizer: of parameters.
+        max_grad_norm: gradients are scaled down to this global norm.
         compute: dtype in which shards are put together; None for that of the parameters.
 
     Raises:
         ConfigError: shards of a model whose layers are not known.
         PolicyError: not all processes have the same weights.
     """
+
+    in_lockstep = False
+
+    def __init__(
+        self,
+        module: LogprobModel,
+        ranks: Ranks,
+        make_optimizer: MakeOptimizer,
+        max_grad_norm: float,
+        compute: torch.dtype | None = None,
+    ) -> None:
+        check_same(module, ranks)
+        self.module, self.writes_shards = module, ranks.sharded
+        self._called: Any = _laid_out(module, ranks, compute)
+        self._max_grad_norm = max_grad_norm
+        self.optimizer = make_optimizer(self.learning())
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """The module's forward pass."""
+        return self._called(*inputs, **named)
+
+    def learning(self) -> list[nn.Parameter]:
+        """The parameters that learn."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def apart(self, *, last: bool) -> AbstractContextManager[object]:
+        """Around each pass of a step, forward and backward: copies exchange gradients once, in the last one. (Shards
+        exchange theirs in every pass: keeping whole gradients is what they are there to avoid.)"""
+        if isinstance(self._called, nn.parallel.DistributedDataParallel) and not last:
+            return self._called.no_sync()
+        return nullcontext()
+
+    def step(self, *, allowed: bool) -> float:
+        """One step of the optimiser, if it is allowed and gradients are finite; they are dropped otherwise.
+
+        Returns:
+            Global norm of the gradients; what is not finite says that no step was taken.
+        """
+        norm = float(whole(nn.utils.clip_grad_norm_(self.module.parameters(), self._max_grad_norm)))
+        if allowed and math.isfinite(norm):
+            self.optimizer.step()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def weights(self, *, keep: bool, trained: bool = False) -> dict[str, torch.Tensor]:
+        """The model's parameters by name, put together one by one.
+
+        Args:
+            keep: whether this process wants them; an empty mapping otherwise.
+            trained: those alone that learn.
+        """
+        found = {}
+        for name, parameter in self.module.model.named_parameters():
+            if trained and not parameter.requires_grad:
+                continue
+            tensor = self._whole(parameter)
+            if keep:
+                found[name] = tensor
+        return found
+
+    def _whole(self, parameter: nn.Parameter) -> torch.Tensor:
+        tensor = whole(parameter.detach())
+        return tensor.cpu() if isinstance(parameter, DTensor) else tensor  # not a second model on the GPU
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the optimiser remembers, by names of parameters and put together, so that any number of
+        processes can go on with it. With shards the first process gets it, the others nothing.
+        """
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        if not self.optimizer.state:
+            return {}
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_optimizer_state_dict(self.module, self.optimizer, options=options)
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """What `state` gave, in every process. States by number, of older checkpoints, are read as well.
+
+        Raises:
+            KeyError, ValueError, RuntimeError: it is of other parameters.
+        """
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        if not state:
+            return
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(
+            self.module, self.optimizer, optim_state_dict=named_state(self.module, state), options=options
+        )
+
+    def write_shards(self, folder: Path, group: ProcessGroup | None = None) -> Future[Any]:
+        """Every process writes its shards of what the optimiser remembers, as safetensors, which nothing unpickles.
+
+        Args:
+            folder: for all processes the same.
+            group: through which they talk, when it is to be written beside other things, from a copy; it is written
+                when this returns otherwise.
+
+        Returns:
+            A future, which also has the failure: of the disk (OSError), or CheckpointException, that of any process.
+        """
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import async_save, save
+
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        if group is not None:
+            saved = async_save(self._moments(), storage_writer=writer, process_group=group)
+            assert isinstance(saved, Future)
+            return saved
+        done: Future[Any] = Future()
+        try:
+            done.set_result(save(self._moments(), storage_writer=writer))
+        except (OSError, CheckpointException) as error:
+            done.set_exception(error)
+        return done
+
+    def read_shards(self, folder: Path) -> None:
+        """What `write_shards` wrote, by any number of processes, in shards or not."""
+        from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+        moments = self._moments()
+        read_moments(moments, folder)
+        state = self._flat_state() | moments
+        set_optimizer_state_dict(self.module, self.optimizer, optim_state_dict=state, options=_flat())
+
+    def _moments(self) -> dict[str, Any]:
+        """Tensors by name, in this process' shards."""
+        return {name: value for name, value in self._flat_state().items() if isinstance(value, torch.Tensor)}
+
+    def _flat_state(self) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        return dict(get_optimizer_state_dict(self.module, self.optimizer, options=_flat()))
+
+
+def check_same(module: nn.Module, ranks: Ranks) -> None:
+    """Raise PolicyError if not all processes have the same weights."""
     if ranks.count == 1:
-        return module
+        return
     own = mass(module.parameters())
     highest, negative = ranks.largest(own, -own)
     if not math.isclose(highest, -negative, rel_tol=1e-9):  # machines may add up differently
@@ -46,6 +195,12 @@ def spread(module: LogprobModel, ranks: Ranks, compute: torch.dtype | None = Non
             f"the processes of this run loaded different weights of {type(module.model).__name__} (sums of sizes from "
             f"{-negative:g} to {highest:g}); give all of them the same model folder, and the same checkpoint to resume"
         )
+
+
+def _laid_out(module: LogprobModel, ranks: Ranks, compute: torch.dtype | None) -> nn.Module:
+    """What to call in place of the module; with shards it is the module itself."""
+    if ranks.count == 1:
+        return module
     if not ranks.sharded:
         on_gpu = ranks.device is not None and ranks.device.type == "cuda"
         return nn.parallel.DistributedDataParallel(module, device_ids=[ranks.device] if on_gpu else None)
@@ -77,14 +232,6 @@ def spread(module: LogprobModel, ranks: Ranks, compute: torch.dtype | None = Non
     return module
 
 
-def apart(module: nn.Module, *, last: bool) -> AbstractContextManager[object]:
-    """Around the passes before the last one: copies exchange gradients once, after all of them. (Shards exchange theirs
-    in every pass: keeping whole gradients is what they are there to avoid.)"""
-    if isinstance(module, nn.parallel.DistributedDataParallel) and not last:
-        return module.no_sync()
-    return nullcontext()
-
-
 def mass(tensors: Iterable[torch.Tensor]) -> float:
     """Sum of sizes, in float64: tells weights apart from others of the same shapes."""
     return sum(float(tensor.detach().abs().sum(dtype=torch.float64)) for tensor in tensors)
@@ -95,112 +242,26 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_weights(module: LogprobModel, *, keep: bool, trained: bool = False) -> dict[str, torch.Tensor]:
-    """The model's parameters by name, put together one by one; every process has to ask for them.
-
-    Args:
-        module: whose model.
-        keep: whether this process wants them; an empty mapping otherwise.
-        trained: those alone that learn.
-    """
-    found = {}
-    for name, parameter in module.model.named_parameters():
-        if trained and not parameter.requires_grad:
-            continue
-        tensor = whole(parameter.detach())
-        if keep:
-            found[name] = tensor.cpu() if isinstance(parameter, DTensor) else tensor  # not a second model on the GPU
-    return found
+def named_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimiser's state by names of parameters, where it may be by their numbers. Raises KeyError, IndexError."""
+    if not all(isinstance(key, int) for key in state["state"]):
+        return dict(state)
+    names = [name for name, _ in module.named_parameters()]
+    groups = [group | {"params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[i]: value for i, value in state["state"].items()}, "param_groups": groups}
 
 
-def optimiser_state(module: LogprobModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Everything that the optimiser remembers, by names of parameters and put together, so that any number of processes
-    can go on with it. Every process has to ask for it; with shards the first one gets it, the others nothing.
-    """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
-    if not optimizer.state:
-        return {}
-    return get_optimizer_state_dict(module, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def write_shards(
-    module: LogprobModel, optimizer: torch.optim.Optimizer, folder: Path, group: ProcessGroup | None = None
-) -> Future[Any]:
-    """Every process writes its shards of what the optimiser remembers, as safetensors, which nothing unpickles.
-
-    Args:
-        module: that learns.
-        optimizer: of its parameters.
-        folder: for all processes the same.
-        group: through which they talk, when it is to be written beside other things, from a copy; it is written when
-            this returns otherwise.
-
-    Returns:
-        A future, which also has the failure: of the disk (OSError), or CheckpointException, that of any process.
-    """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import async_save, save
-
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    if group is not None:
-        saved = async_save(_moments(module, optimizer), storage_writer=writer, process_group=group)
-        assert isinstance(saved, Future)
-        return saved
-    done: Future[Any] = Future()
-    try:
-        done.set_result(save(_moments(module, optimizer), storage_writer=writer))
-    except (OSError, CheckpointException) as error:
-        done.set_exception(error)
-    return done
-
-
-def read_shards(module: LogprobModel, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """What `write_shards` wrote, by any number of processes, in shards or not."""
+def read_moments(moments: dict[str, Any], folder: Path) -> None:
+    """Fill tensors by name, whole or shards, with what shards of other processes hold."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    moments = _moments(module, optimizer)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # alone, it is meant so
         load(moments, storage_reader=HuggingFaceStorageReader(str(folder)))
-    settings = _flat_state(module, optimizer)
-    set_optimizer_state_dict(module, optimizer, optim_state_dict=settings | moments, options=_flat())
-
-
-def _moments(module: LogprobModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Tensors by name, in this process' shards."""
-    return {name: value for name, value in _flat_state(module, optimizer).items() if isinstance(value, torch.Tensor)}
-
-
-def _flat_state(module: LogprobModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    return dict(get_optimizer_state_dict(module, optimizer, options=_flat()))
 
 
 def _flat() -> Any:
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
     return StateDictOptions(flatten_optimizer_state_dict=True)
-
-
-def load_optimiser_state(module: LogprobModel, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """What `optimiser_state` gave, in every process. States by number, of older checkpoints, are read as well.
-
-    Raises:
-        KeyError, ValueError, RuntimeError: it is of other parameters.
-    """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-    if not state:
-        return
-    if all(isinstance(key, int) for key in state["state"]):
-        names = [name for name, _ in module.named_parameters()]
-        groups = [group | {"params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
-        state = {"state": {names[i]: value for i, value in state["state"].items()}, "param_groups": groups}
-    set_optimizer_state_dict(
-        module, optimizer, optim_state_dict=dict(state), options=StateDictOptions(full_state_dict=True)
-    )

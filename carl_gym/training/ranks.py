@@ -27,8 +27,9 @@ class Ranks:
         index: of this process, from 0.
         count: how many there are.
         device: that accelerate gave this process; None when it is alone.
-        sharded: the launcher asked for FSDP.
-        offload: and for the shards to rest in the memory of the machine (`fsdp_offload_params`).
+        sharded: the launcher asked for FSDP, or for DeepSpeed.
+        offload: and FSDP's shards are to rest in the memory of the machine (`fsdp_offload_params`).
+        zero3: the shards are DeepSpeed's.
     """
 
     index: int = 0
@@ -36,6 +37,7 @@ class Ranks:
     device: torch.device | None = None
     sharded: bool = False
     offload: bool = False
+    zero3: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -101,21 +103,23 @@ def launched(device: str | None = None) -> Ranks:
     Raises:
         ConfigError: the launcher asks for what would not be done, or the processes cannot be connected.
     """
-    for name in ("DEEPSPEED", "MEGATRON_LM"):
-        if _is_true(f"ACCELERATE_USE_{name}"):
-            raise ConfigError(
-                f"the launcher is configured for {name.replace('_', '-').title()}, which this trainer does not use; "
-                "scripts/configs/fsdp2.yaml shards weights, gradients and optimiser like ZeRO-3"
-            )
-    sharded = _is_true("ACCELERATE_USE_FSDP")
+    if _is_true("ACCELERATE_USE_MEGATRON_LM"):
+        raise ConfigError(
+            "the launcher is configured for Megatron-LM, which this trainer does not use; scripts/configs/fsdp2.yaml "
+            "shards weights, gradients and optimiser"
+        )
+    zero3 = _is_true("ACCELERATE_USE_DEEPSPEED")
+    sharded = zero3 or _is_true("ACCELERATE_USE_FSDP")
     offload = sharded and _is_true("FSDP_OFFLOAD_PARAMS")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        if offload:
+        if offload or zero3:
             raise ConfigError(
-                "fsdp_offload_params is for the shards of several processes, and there is one; start more of them "
-                "(--num_processes), or take it out of the launcher's configuration"
+                f"{'DeepSpeed' if zero3 else 'fsdp_offload_params'} is for the shards of several processes, and there "
+                "is one; start more of them (--num_processes), or take it out of the launcher's configuration"
             )
         return ALONE
+    if zero3:
+        _check_zero3()
     from accelerate import PartialState
 
     # Processes wait for the slowest rollouts of a step, which may take longer than NCCL's ten minutes.
@@ -128,7 +132,24 @@ def launched(device: str | None = None) -> Ranks:
         )
     # Else transformers leaves models empty in all processes but the first, and they are to sample from them.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    return Ranks(state.process_index, state.num_processes, state.device, sharded, offload)
+    return Ranks(state.process_index, state.num_processes, state.device, sharded, offload, zero3)
+
+
+def _check_zero3() -> None:
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f'the launcher is configured for DeepSpeed, which is missing ({error}): pip install "carl-gym[deepspeed]"'
+        ) from error
+    from accelerate.utils import DeepSpeedPlugin
+
+    stage = DeepSpeedPlugin().zero_stage
+    if stage != 3:
+        raise ConfigError(
+            f"the launcher is configured for DeepSpeed's ZeRO stage {stage}; 3 is used (scripts/configs/zero3.yaml), "
+            "or no DeepSpeed, for whole weights in every process (ddp.yaml)"
+        )
 
 
 def _is_true(variable: str) -> bool:

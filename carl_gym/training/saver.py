@@ -67,7 +67,7 @@ class Saver:
         self._keep, self._background = keep, background
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         # Shards are written with talk between the processes, beside that of training.
-        self._group = torch.distributed.new_group(backend="gloo") if ranks.sharded and background else None
+        self._group = torch.distributed.new_group(backend="gloo") if learner.writes_shards and background else None
         self._pending: tuple[Path, Path, list[Future[Any]]] | None = None
 
     def save(self, progress: Progress, run_id: str) -> None:
@@ -80,7 +80,8 @@ class Saver:
         ranks, learner = self._ranks, self._learner
         weights = None if self._own_weights and not self._background else learner.weights()
         learned = learner.trained_weights() if self._adapter else {}
-        state = trainer_state(progress, self._agent, {} if ranks.sharded else learner.state(), run_id, self._critic)
+        optimizer = {} if learner.writes_shards else learner.state()
+        state = trainer_state(progress, self._agent, optimizer, run_id, self._critic)
         if self._background:  # the next step changes what is written
             weights, learned, state = copy.deepcopy((weights, learned, state))
         final = self._output_dir / "checkpoints" / f"step-{progress.step:06d}"
@@ -88,7 +89,7 @@ class Saver:
         jobs: list[Future[Any]] = []
         if ranks.is_main:
             jobs.append(self._pool.submit(self._write, partial, weights, learned, state))
-        if ranks.sharded:
+        if learner.writes_shards:
             jobs.append(learner.write_shards(partial / SHARDS, self._group))
         self._pending = partial, final, jobs
         if not self._background:

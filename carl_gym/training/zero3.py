@@ -1,0 +1,127 @@
+"""The learner's model in DeepSpeed's shards (ZeRO-3): the third way of `parallel.py`, with the same methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from carl_gym.agents.logprob_model import LogprobModel
+from carl_gym.training.parallel import MakeOptimizer, Spread, check_same, named_state, read_moments
+from carl_gym.training.ranks import Ranks
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW remembers of each parameter, beside the number of steps."""
+
+
+class Zero3(Spread):
+    """See `Spread`. Of the launcher's configuration `zero_optimization` is used, and nothing else: clipping, optimiser
+    and dtypes are the run's.
+
+    A process that puts a layer together waits for all others to do so: they have to call it equally often. What the
+    optimiser remembers is put together for checkpoints: DeepSpeed's own would be pickles.
+    """
+
+    in_lockstep = True
+
+    def __init__(
+        self,
+        module: LogprobModel,
+        ranks: Ranks,
+        make_optimizer: MakeOptimizer,
+        max_grad_norm: float,
+        compute: torch.dtype | None = None,
+    ) -> None:
+        import deepspeed
+        from accelerate.utils import DeepSpeedPlugin
+
+        check_same(module, ranks)
+        self.module, self.writes_shards, self._is_main = module, False, ranks.is_main
+        self.optimizer = make_optimizer(self.learning())
+        config = {
+            "train_micro_batch_size_per_gpu": 1,  # nobody counts by it: passes end where `apart` says so
+            "gradient_clipping": max_grad_norm,
+            "zero_optimization": DeepSpeedPlugin().deepspeed_config["zero_optimization"],
+            "zero_allow_untested_optimizer": True,  # torch's own AdamW, also where shards are offloaded
+            "zero_force_ds_cpu_optimizer": False,
+            "torch_autocast": {"enabled": compute is not None, "dtype": str(compute or torch.bfloat16).split(".")[1]},
+        }
+        self._called, *_ = deepspeed.initialize(
+            model=module, optimizer=self.optimizer, config=config, dist_init_required=False
+        )
+
+    def apart(self, *, last: bool) -> AbstractContextManager[object]:
+        """Around each pass of a step; gradients are exchanged in all of them."""
+        self._called.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def step(self, *, allowed: bool) -> float:
+        """One step of the optimiser; DeepSpeed takes none where gradients are not finite."""
+        from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+
+        if not allowed:
+            one = self.learning()[0]
+            safe_set_local_grad(one, torch.full_like(safe_get_local_grad(one), torch.nan))
+        self._called.step()
+        return float(self._called.get_global_grad_norm())
+
+    def _whole(self, parameter: nn.Parameter) -> torch.Tensor:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().to("cpu", copy=True)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the optimiser remembers; the first process gets it, the others nothing."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if not self.optimizer.state:
+            return {}
+        steps = next(iter(self.optimizer.state.values()))["step"]
+        found = {}
+        for name, parameter in self._named():
+            moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            if self._is_main:
+                found[name] = {"step": steps.clone()} | {key: moment.cpu() for key, moment in moments.items()}
+        if not found:
+            return {}
+        groups = [group | {"params": list(found)} for group in self.optimizer.param_groups]
+        return {"state": found, "param_groups": groups}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """What `state` of any layout gave, in every process. Raises KeyError, ValueError: it is of other parameters."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        if not state:
+            return
+        known = named_state(self.module, state)["state"]
+        self._remember(next(iter(known.values()))["step"])
+        for name, parameter in self._named():
+            for key in MOMENTS:
+                if known[name][key].numel() != parameter.ds_numel:
+                    raise ValueError(f"{name} has another size")
+                safe_set_full_optimizer_state(parameter, known[name][key], key)
+
+    def read_shards(self, folder: Path) -> None:
+        """What the shards of FSDP2 hold, whole in every process for a while."""
+        shapes = {name: parameter.ds_shape for name, parameter in self._named()}
+        flat = {f"state.{name}.{key}": torch.empty(shape) for name, shape in shapes.items() for key in MOMENTS}
+        flat |= {f"state.{name}.step": torch.empty(()) for name in shapes}
+        read_moments(flat, folder)
+        self.load_state(
+            {"state": {name: {key: flat[f"state.{name}.{key}"] for key in ("step", *MOMENTS)} for name in shapes}}
+        )
+
+    def _named(self) -> list[tuple[str, Any]]:
+        """The parameters that learn, with their names."""
+        return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+
+    def _remember(self, step: torch.Tensor) -> None:
+        """Give the optimiser, which takes none before its first step, something to put moments into."""
+        for shard in self._called.optimizer.fp32_partitioned_groups_flat:
+            moments = {key: torch.zeros_like(shard) for key in MOMENTS}
+            self.optimizer.state[shard] = {"step": step.clone(), **moments}
