@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -29,7 +29,7 @@ from server_toys import Gated, queries, towns
 
 from carl_gym.envs.task import SearchTask
 from carl_gym.errors import ConfigError, RetrievalError
-from carl_gym.retrieval import Corpus, Passage, connection, make_retriever
+from carl_gym.retrieval import Corpus, Passage, SearchResults, connection, make_retriever
 from carl_gym.retrieval.bm25 import BM25, BM25Settings
 from carl_gym.retrieval.corpus import join_contents, split_contents
 from carl_gym.retrieval.remote import Remote, RemoteSettings, remote_corpus
@@ -155,6 +155,31 @@ def test_a_failed_search_of_the_server_is_an_error_here() -> None:
         remote = Remote.build(remote_corpus(url))
         with pytest.raises(RetrievalError, match=r"500.*disk on fire"):
             remote.search(["boom"], 3)
+
+
+def test_a_search_that_fails_on_one_of_two_servers_is_done_by_the_other() -> None:
+    class Broken(Gated):
+        broken = True
+
+        def search(self, queries: Sequence[str], k: int) -> SearchResults:
+            if self.broken:
+                self.calls.append((list(queries), k))
+                raise OSError("bad disk")
+            return super().search(queries, k)
+
+    one, two = Broken(CORPUS), Broken(CORPUS)
+    with serving(create_app(one)) as first, serving(create_app(two)) as second:
+        one.broken = two.broken = False
+        remote = Remote.build(remote_corpus(f"{first},{second}", backoff=0.0))
+        expected = remote.search(["kabel"], 3)
+        one.broken = True
+        one.calls.clear()
+        for _ in range(6):
+            assert remote.search(["kabel"], 3) == expected
+        assert len(one.calls) == 1, "it is left alone for a while"
+        two.broken = True
+        with pytest.raises(RetrievalError, match=r"500.*bad disk"):
+            remote.search(["lodor"], 3)
 
 
 def test_nobody_there_is_an_error_that_names_the_address() -> None:

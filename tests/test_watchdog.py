@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from training_runs import config
 
+from carl_gym.agents.agent import load_agent
 from carl_gym.training.trainer import Trainer
 from carl_gym.training.watchdog import Watchdog
 
@@ -46,6 +47,16 @@ def test_a_run_that_hangs_in_its_rollouts_says_so(tiny_agent_folder: Path, tmp_p
     monkeypatch.setattr(trainer.agent.policy, "sample", slow)
     list(trainer.run())
     assert "process 0 of 1 has been in 'rollout' for " in capfd.readouterr().err
+
+
+def test_a_run_that_hangs_at_its_start_says_so(tiny_agent_folder: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    def slow(*arguments, **options):
+        time.sleep(1.2)
+        return load_agent(*arguments, **options)
+
+    monkeypatch.setattr("carl_gym.training.trainer.load_agent", slow)
+    Trainer(config(tiny_agent_folder, tmp_path / "run", hang_seconds=0.5))
+    assert "process 0 of 1 has been in 'start' for " in capfd.readouterr().err
 
 
 def test_the_thread_does_not_keep_a_process_alive() -> None:

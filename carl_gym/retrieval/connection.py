@@ -51,7 +51,8 @@ class RemoteSettings:
             them, share the work, and one that fails is left alone until it is healthy; semicolons stand between the
             servers of different shards, which are all asked. Empty: the corpus' own.
         timeout: seconds for an attempt as a whole, from connecting to the last byte (see `deadline`).
-        retries: attempts after the first, on connection errors, timeouts and statuses 502, 503 and 504.
+        retries: attempts after the first, on connection errors, timeouts and statuses 502, 503 and 504; where there are
+            several servers, also on other errors of one of them.
         backoff: seconds before the second attempt; doubled each time, with jitter, and at least what the server's
             Retry-After says.
         api: carl for our server, search-r1 for one that has /retrieve only; auto asks for /info to find out.
@@ -219,6 +220,7 @@ class Connection:
 
         content = None if request is None else orjson.dumps(request)
         problem, pause = "", self.settings.backoff
+        broke: set[str] = set()
         for attempt in range(self.settings.retries + 1):
             url, is_up = self._next()
             if attempt:
@@ -234,7 +236,10 @@ class Connection:
                 self._leave_alone(url)
                 continue
             status = response.status_code
-            if status in RETRIED_STATUSES:
+            if status >= 500:
+                broke.add(url)
+            # Any other error of a server may be its own, such as a bad disk, until all have said the same.
+            if status in RETRIED_STATUSES or (status >= 500 and len(broke) < len(self._urls)):
                 problem = f"{url}{path}: status {status}{_detail(response)}"
                 self._leave_alone(url)
                 asked = response.headers.get("retry-after", "")

@@ -75,6 +75,12 @@ class Trainer:
     def __init__(self, config: TrainConfig, *, profile: bool = False) -> None:
         self.config = config
         self.ranks = launched(config.device)
+        self.watchdog = Watchdog(f"process {self.ranks.index} of {self.ranks.count}", config.hang_seconds)
+        with self.watchdog.watching(), self.watchdog.phase("start"):
+            self._start(profile)
+
+    def _start(self, profile: bool) -> None:
+        config = self.config
         if self.ranks.is_main:
             check_output_dir(config)
         if config.threads:
@@ -106,7 +112,7 @@ class Trainer:
         if self.ranks.sharded and not self.agent.shares_weights and "gold answers" in self.algorithm.requires:
             raise ConfigError(
                 f"algorithm {self.algorithm.name!r} scores gold answers with whole weights, which no process has under "
-                "FSDP with vLLM; use --backend transformers, or start the processes without FSDP"
+                "FSDP or DeepSpeed with vLLM; use --backend transformers, or a launcher configured without (ddp.yaml)"
             )
         # The transformers policy needs whole weights to sample from, and others than those that learn while it does.
         self._copied = self.agent.shares_weights and (self.ranks.sharded or config.one_step_off)
@@ -149,7 +155,6 @@ class Trainer:
         )
         self._saved = self.progress.step
         self._bad = self._not_finite = 0  # optimiser steps that were not finite: in a row, and in all
-        self.watchdog = Watchdog(f"process {self.ranks.index} of {self.ranks.count}", config.hang_seconds)
         self.canary = None if self.agent.shares_weights else self._canary()
         self.tracker = None
         if self.ranks.is_main:

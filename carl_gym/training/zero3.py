@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -40,6 +41,8 @@ class Zero3(Spread):
         from accelerate.utils import DeepSpeedPlugin
 
         check_same(module, ranks)
+        # DeepSpeed's calls, several in each pass, which nobody here can change.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         self.module, self.writes_shards, self._is_main = module, False, ranks.is_main
         self.optimizer = make_optimizer(self.learning())
         config = {
