@@ -134,6 +134,7 @@ def test_stopped_while_writing_a_checkpoint(tiny_agent_folder, tmp_path, whole, 
     monkeypatch.undo()
     assert (folder / "checkpoints" / ".partial-step-000004").is_dir()
     assert [path.name for path in checkpoints(folder)] == ["step-000002"]
+    (folder / "checkpoints" / ".partial-step-000003").mkdir()  # of another save that broke off
     resume(tiny_agent_folder, folder, uri)
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
     check(folder, whole, uri)
