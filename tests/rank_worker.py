@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import sys
 from dataclasses import replace
@@ -47,8 +48,10 @@ def train(
         if number == 2:
             refuse_what_is_not_finite(learner, rows)
         found.append(learner.update(rows, 0.2, 0.2))
+        before = learner.weights()
         seen = logprobs(learner.model)  # between steps, as the canary does
     weights, state = learner.weights(), learner.state()
+    assert same_state(before, weights), "a forward pass changes nothing"
     again = Learner(new_model(agent, lora), learning_rate=1e-3, ranks=ranks)
     if learner.writes_shards:
         learner.write_shards(out.with_suffix(".shards"))
@@ -125,10 +128,12 @@ if __name__ == "__main__":
     if ranks.zero3:
         train(ranks, agent, shares, folder / f"zero3-{ranks.count}", checkpointing=True)
         train(ranks, agent, shares, folder / f"zero3-lora-{ranks.count}", lora=True)
-        train(ranks, agent, shares, folder / f"bf16-{ranks.count}", bf16=True)
+        train(ranks, agent, shares, folder / f"bf16-{ranks.count}", bf16=True, checkpointing=True)
         go_on_from_shards_of_fsdp2(ranks, agent, shares, folder)
         logprob_model.CHUNK = 1 << 15  # processes with more rows would call the head more often
         train(ranks, agent, shares, folder / f"zero3-chunks-{ranks.count}", checkpointing=True)
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(folder / "cpu.json")
+        train(ranks, agent, shares, folder / f"zero3-offload-{ranks.count}")
     else:
         train(replace(ranks, sharded=False), agent, shares, folder / f"ddp-{ranks.count}")
         train(replace(ranks, sharded=True), agent, shares, folder / f"fsdp-{ranks.count}", checkpointing=True)

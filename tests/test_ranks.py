@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from processes import launch
 from rank_worker import train
 from safetensors.torch import load_file
@@ -68,20 +70,22 @@ def uneven(trees: list[list[Row]], step: int, processes: int) -> list[list[Row]]
     return shares
 
 
-@pytest.mark.parametrize(("processes", "layout"), [(2, "ddp"), (4, "ddp"), (2, "zero3")])
+@pytest.mark.parametrize(("processes", "layout"), [(2, "ddp"), (4, "ddp"), (3, "zero3")])
 def test_processes_learn_what_one_would(processes, layout, tiny_agent_folder, trees_of_rows, alone, tmp_path):
     """With the launcher's settings for DDP also FSDP2, which differ by what the worker asks for."""
+    settings = "ddp.yaml"
     if layout == "zero3":
         pytest.importorskip("deepspeed")
+        settings = str(split_by_deepspeed(tmp_path))
     shares = [uneven(trees, step, processes) for step, trees in enumerate(trees_of_rows)]
     assert [not step[-1] for step in shares] == [True, False, True, False, True]
     (tmp_path / "shares.pickle").write_bytes(pickle.dumps(shares))
     worker = TESTS / "rank_worker.py"
-    launch(processes, worker, tiny_agent_folder, tmp_path / "shares.pickle", tmp_path, layout=layout)
+    launch(processes, worker, tiny_agent_folder, tmp_path / "shares.pickle", tmp_path, settings=settings)
     start = {n: p.detach() for n, p in load_agent(str(tiny_agent_folder), device="cpu").model.named_parameters()}
     expected = load_file(alone.with_suffix(".safetensors"))
     moved = distance(start, expected)
-    for kind in ("ddp", "fsdp", "offload") if layout == "ddp" else ("zero3", "zero3-chunks"):
+    for kind in ("ddp", "fsdp", "offload") if layout == "ddp" else ("zero3", "zero3-chunks", "zero3-offload"):
         found = load_file(tmp_path / f"{kind}-{processes}.safetensors")
         assert found.keys() == expected.keys()
         assert distance(found, expected) <= 1e-5, kind
@@ -121,7 +125,7 @@ def test_a_run_of_two_processes_is_that_of_one_which_goes_on_with_it(layout, tin
     taken = [[q.id for q in take_questions(alone.questions, step, 5, seed=0)] for step in range(2)]
     assert any(ids.index(ids[-1]) % 2 for ids in taken), "the two trees of a question grow in different processes"
     list(alone.run())
-    launch(2, TRAIN, *arguments(tiny_agent_folder, two, **options), layout=layout)
+    launch(2, TRAIN, *arguments(tiny_agent_folder, two, **options), settings=f"{layout}.yaml")
     own = {"seconds", "cpu_seconds", "update/tokens", "update/needed"}  # of processes, not of the run
     for mine, theirs in zip(metrics(one), metrics(two), strict=True):
         assert mine.keys() == theirs.keys()
@@ -133,6 +137,20 @@ def test_a_run_of_two_processes_is_that_of_one_which_goes_on_with_it(layout, tin
     list(Trainer(config(tiny_agent_folder, two, resume=True, **options)).run())
     assert last_checkpoint(two).name == last_checkpoint(one).name
     assert distance(weights(last_checkpoint(two)), whole) <= 1e-2 * distance(whole, start)
+
+
+def split_by_deepspeed(folder: Path) -> Path:
+    """Settings with which it splits small tensors as well, and puts them together in small steps."""
+    small = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 3000, "sub_group_size": 10_000}
+    for name in ("none", "cpu"):
+        offload = {"offload_optimizer": {"device": name}, "offload_param": {"device": name}}
+        zero = {"stage": 3, "stage3_max_reuse_distance": 3000, "reduce_bucket_size": 20_000, **small, **offload}
+        (folder / f"{name}.json").write_text(json.dumps({"zero_optimization": zero}))
+    given = yaml.safe_load((TESTS.parent / "scripts" / "configs" / "zero3.yaml").read_text())
+    given["deepspeed_config"] = {"deepspeed_config_file": str(folder / "none.json"), "zero3_init_flag": False}
+    del given["mixed_precision"]  # accelerate wants it in the file or nowhere
+    (folder / "zero3.yaml").write_text(yaml.safe_dump(given))
+    return folder / "zero3.yaml"
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -192,6 +210,13 @@ def test_a_launcher_that_asks_for_what_would_not_be_done_is_told(monkeypatch):
         launched()
     pytest.importorskip("deepspeed")
     with pytest.raises(ConfigError, match=r"ZeRO stage 2; 3 is used \(scripts/configs/zero3\.yaml\)"):
+        launched()
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "nvme")
+    with pytest.raises(ConfigError, match="offload to NVMe"):
+        launched()
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "/no/such/file.json")
+    with pytest.raises(ConfigError, match=r"configuration of DeepSpeed cannot be used .*/no/such/file\.json"):
         launched()
 
 

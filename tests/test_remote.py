@@ -182,6 +182,31 @@ def test_a_search_that_fails_on_one_of_two_servers_is_done_by_the_other() -> Non
             remote.search(["lodor"], 3)
 
 
+def test_a_server_that_has_too_much_to_do_is_not_broken() -> None:
+    """Of two one has a bad disk, and the other no room for one request."""
+    answers = {"one": [503, 200], "two": [500] * 5}
+    turns: list[str] = []
+
+    def scripted(name: str, app):
+        async def answer(scope, receive, send):
+            status = answers[name].pop(0) if scope.get("path") == "/retrieve" and ready.is_set() else 200
+            if status == 200:
+                return await app(scope, receive, send)
+            turns.append(name)
+            await send({"type": "http.response.start", "status": status, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+        return answer
+
+    ready = threading.Event()
+    with serving(scripted("one", create_app(DIRECT))) as one, serving(scripted("two", create_app(DIRECT))) as two:
+        remote = Remote.build(remote_corpus(f"{one},{two}", backoff=0.0))
+        expected = remote.search(["kabel"], 3)
+        ready.set()
+        assert remote.search(["kabel"], 3) == expected
+        assert "one" in turns and answers["one"] == []
+
+
 def test_nobody_there_is_an_error_that_names_the_address() -> None:
     address = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(RetrievalError, match=f"{address}.*3 attempts.*ConnectError"):

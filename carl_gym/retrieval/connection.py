@@ -236,10 +236,9 @@ class Connection:
                 self._leave_alone(url)
                 continue
             status = response.status_code
-            if status >= 500:
-                broke.add(url)
-            # Any other error of a server may be its own, such as a bad disk, until all have said the same.
-            if status in RETRIED_STATUSES or (status >= 500 and len(broke) < len(self._urls)):
+            if status >= 500 and status not in RETRIED_STATUSES:
+                broke.add(url)  # which may be its own affair, such as a bad disk, until all have said the same
+            if status in RETRIED_STATUSES or (url in broke and len(broke) < len(self._urls)):
                 problem = f"{url}{path}: status {status}{_detail(response)}"
                 self._leave_alone(url)
                 asked = response.headers.get("retry-after", "")
@@ -252,9 +251,13 @@ class Connection:
                 return response
             advice = f"; {key_advice(url, trusted=self.trusted)}" if status == 401 else _advice(status)
             raise RetrievalError(f"{url}{path} answered with status {status}{_detail(response)}{advice}")
+        advice = (
+            "a server's log says more"
+            if broke
+            else "is the server running (scripts/serve_retrieval.py), and the URL right?"
+        )
         raise RetrievalError(
-            f"{self.url}{path} failed in all of {self.settings.retries + 1} attempts, at last with {problem}; is the "
-            f"server running (scripts/serve_retrieval.py), and the URL right?"
+            f"{self.url}{path} failed in all of {self.settings.retries + 1} attempts, at last with {problem}; {advice}"
         )
 
     def _next(self) -> tuple[str, bool]:

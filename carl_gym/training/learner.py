@@ -220,4 +220,5 @@ class Learner:
     def _autocast(self) -> AbstractContextManager[object]:
         if self.autocast is None:
             return nullcontext()
-        return torch.autocast(self.model.device.type, self.autocast)
+        # In DeepSpeed's shards its cache would keep a copy of every layer that was put together.
+        return torch.autocast(self.model.device.type, self.autocast, cache_enabled=not self._spread.in_lockstep)

@@ -103,13 +103,15 @@ class Spread:
         for name, parameter in self.module.model.named_parameters():
             if trained and not parameter.requires_grad:
                 continue
-            tensor = self._whole(parameter)
-            if keep:
+            tensor = self._whole(parameter, keep)
+            if tensor is not None:
                 found[name] = tensor
         return found
 
-    def _whole(self, parameter: nn.Parameter) -> torch.Tensor:
+    def _whole(self, parameter: nn.Parameter, keep: bool) -> torch.Tensor | None:
         tensor = whole(parameter.detach())
+        if not keep:
+            return None
         return tensor.cpu() if isinstance(parameter, DTensor) else tensor  # not a second model on the GPU
 
     def state(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -103,6 +103,10 @@ def launched(device: str | None = None) -> Ranks:
     Raises:
         ConfigError: the launcher asks for what would not be done, or the processes cannot be connected.
     """
+    cpu = device == "cpu" or not torch.accelerator.is_available()
+    if cpu:
+        # DeepSpeed, which accelerate imports where it is installed, would look for GPUs by itself.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if _is_true("ACCELERATE_USE_MEGATRON_LM"):
         raise ConfigError(
             "the launcher is configured for Megatron-LM, which this trainer does not use; scripts/configs/fsdp2.yaml "
@@ -119,12 +123,12 @@ def launched(device: str | None = None) -> Ranks:
             )
         return ALONE
     if zero3:
-        _check_zero3()
+        zero_optimization()
     from accelerate import PartialState
 
     # Processes wait for the slowest rollouts of a step, which may take longer than NCCL's ten minutes.
     # Where there is no GPU, accelerate has to be told: it would leave the processes unconnected, each on its own.
-    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=PATIENCE)
+    state = PartialState(cpu=cpu, timeout=PATIENCE)
     if state.num_processes != int(os.environ["WORLD_SIZE"]):
         raise ConfigError(
             f"the launcher started {os.environ['WORLD_SIZE']} processes, and accelerate connects {state.num_processes} "
@@ -135,7 +139,8 @@ def launched(device: str | None = None) -> Ranks:
     return Ranks(state.process_index, state.num_processes, state.device, sharded, offload, zero3)
 
 
-def _check_zero3() -> None:
+def zero_optimization() -> dict[str, Any]:
+    """What the launcher asks of DeepSpeed, under its names. Raises ConfigError where it cannot be done."""
     try:
         import deepspeed  # noqa: F401
     except ImportError as error:
@@ -144,12 +149,18 @@ def _check_zero3() -> None:
         ) from error
     from accelerate.utils import DeepSpeedPlugin
 
-    stage = DeepSpeedPlugin().zero_stage
-    if stage != 3:
+    try:
+        asked: dict[str, Any] = DeepSpeedPlugin().deepspeed_config["zero_optimization"]
+    except (ValueError, OSError, NotImplementedError) as error:
+        raise ConfigError(f"the launcher's configuration of DeepSpeed cannot be used ({error})") from error
+    if asked.get("stage") != 3:
         raise ConfigError(
-            f"the launcher is configured for DeepSpeed's ZeRO stage {stage}; 3 is used (scripts/configs/zero3.yaml), "
-            "or no DeepSpeed, for whole weights in every process (ddp.yaml)"
+            f"the launcher is configured for DeepSpeed's ZeRO stage {asked.get('stage')}; 3 is used "
+            "(scripts/configs/zero3.yaml), or no DeepSpeed, for whole weights in every process (ddp.yaml)"
         )
+    if "nvme" in [(asked.get(what) or {}).get("device") for what in ("offload_optimizer", "offload_param")]:
+        raise ConfigError("the launcher has DeepSpeed offload to NVMe, which is not supported; offload to the cpu")
+    return asked
 
 
 def _is_true(variable: str) -> bool:

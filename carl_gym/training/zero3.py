@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from carl_gym.agents.logprob_model import LogprobModel
+from carl_gym.errors import ConfigError
 from carl_gym.training.parallel import MakeOptimizer, Spread, check_same, named_state, read_moments
-from carl_gym.training.ranks import Ranks
+from carl_gym.training.ranks import Ranks, zero_optimization
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW remembers of each parameter, beside the number of steps."""
@@ -25,6 +26,10 @@ class Zero3(Spread):
 
     A process that puts a layer together waits for all others to do so: they have to call it equally often. What the
     optimiser remembers is put together for checkpoints: DeepSpeed's own would be pickles.
+
+    Raises:
+        ConfigError: the configuration cannot be used.
+        PolicyError: not all processes have the same weights.
     """
 
     in_lockstep = True
@@ -38,24 +43,28 @@ class Zero3(Spread):
         compute: torch.dtype | None = None,
     ) -> None:
         import deepspeed
-        from accelerate.utils import DeepSpeedPlugin
 
         check_same(module, ranks)
         # DeepSpeed's calls, several in each pass, which nobody here can change.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         self.module, self.writes_shards, self._is_main = module, False, ranks.is_main
         self.optimizer = make_optimizer(self.learning())
+        autocast = {"enabled": True, "dtype": str(compute).removeprefix("torch.")} if compute else {"enabled": False}
         config = {
             "train_micro_batch_size_per_gpu": 1,  # nobody counts by it: passes end where `apart` says so
             "gradient_clipping": max_grad_norm,
-            "zero_optimization": DeepSpeedPlugin().deepspeed_config["zero_optimization"],
+            "zero_optimization": zero_optimization(),
             "zero_allow_untested_optimizer": True,  # torch's own AdamW, also where shards are offloaded
             "zero_force_ds_cpu_optimizer": False,
-            "torch_autocast": {"enabled": compute is not None, "dtype": str(compute or torch.bfloat16).split(".")[1]},
+            # Else gradients would travel, and be added up, in the compute dtype.
+            "torch_autocast": {**autocast, "lower_precision_safe_modules": []},
         }
-        self._called, *_ = deepspeed.initialize(
-            model=module, optimizer=self.optimizer, config=config, dist_init_required=False
-        )
+        try:
+            self._called, *_ = deepspeed.initialize(
+                model=module, optimizer=self.optimizer, config=config, dist_init_required=False
+            )
+        except (AssertionError, ValueError) as error:
+            raise ConfigError(f"DeepSpeed refuses the launcher's zero_optimization: {error}") from error
 
     def apart(self, *, last: bool) -> AbstractContextManager[object]:
         """Around each pass of a step; gradients are exchanged in all of them."""
@@ -66,17 +75,23 @@ class Zero3(Spread):
         """One step of the optimiser; DeepSpeed takes none where gradients are not finite."""
         from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 
-        if not allowed:
-            one = self.learning()[0]
-            safe_set_local_grad(one, torch.full_like(safe_get_local_grad(one), torch.nan))
+        if not allowed and self._is_main:
+            spoiled = safe_get_local_grad(self.learning()[0]).clone()
+            spoiled[0] = torch.nan  # no more of it: what fills up the last process' shard would stay so
+            safe_set_local_grad(self.learning()[0], spoiled)
         self._called.step()
         return float(self._called.get_global_grad_norm())
 
-    def _whole(self, parameter: nn.Parameter) -> torch.Tensor:
+    def weights(self, *, keep: bool, trained: bool = False) -> dict[str, torch.Tensor]:
+        """See `Spread`."""
+        self._called.empty_partition_cache()  # a forward pass alone leaves layers that it has begun to put together
+        return super().weights(keep=keep, trained=trained)
+
+    def _whole(self, parameter: nn.Parameter, keep: bool) -> torch.Tensor | None:
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().to("cpu", copy=True)
+            return parameter.detach().to("cpu", copy=True) if keep else None
 
     def state(self) -> dict[str, Any]:
         """Everything that the optimiser remembers; the first process gets it, the others nothing."""
@@ -97,34 +112,43 @@ class Zero3(Spread):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """What `state` of any layout gave, in every process. Raises KeyError, ValueError: it is of other parameters."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         if not state:
             return
         known = named_state(self.module, state)["state"]
-        self._remember(next(iter(known.values()))["step"])
+        self._begin(next(iter(known.values()))["step"])
         for name, parameter in self._named():
-            for key in MOMENTS:
-                if known[name][key].numel() != parameter.ds_numel:
-                    raise ValueError(f"{name} has another size")
-                safe_set_full_optimizer_state(parameter, known[name][key], key)
+            self._remember(parameter, name, known[name])
 
     def read_shards(self, folder: Path) -> None:
-        """What the shards of FSDP2 hold, whole in every process for a while."""
-        shapes = {name: parameter.ds_shape for name, parameter in self._named()}
-        flat = {f"state.{name}.{key}": torch.empty(shape) for name, shape in shapes.items() for key in MOMENTS}
-        flat |= {f"state.{name}.step": torch.empty(()) for name in shapes}
-        read_moments(flat, folder)
-        self.load_state(
-            {"state": {name: {key: flat[f"state.{name}.{key}"] for key in ("step", *MOMENTS)} for name in shapes}}
-        )
+        """What the shards of FSDP2 hold."""
+        for number, (name, parameter) in enumerate(self._named()):  # one by one: each process puts all of it together
+            flat = {f"state.{name}.{key}": torch.empty(parameter.ds_shape) for key in MOMENTS}
+            flat[f"state.{name}.step"] = torch.empty(())
+            read_moments(flat, folder)
+            known = {key: flat[f"state.{name}.{key}"] for key in ("step", *MOMENTS)}
+            if number == 0:
+                self._begin(known["step"])
+            self._remember(parameter, name, known)
 
     def _named(self) -> list[tuple[str, Any]]:
         """The parameters that learn, with their names."""
         return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
 
-    def _remember(self, step: torch.Tensor) -> None:
+    def _begin(self, step: torch.Tensor) -> None:
         """Give the optimiser, which takes none before its first step, something to put moments into."""
         for shard in self._called.optimizer.fp32_partitioned_groups_flat:
             moments = {key: torch.zeros_like(shard) for key in MOMENTS}
             self.optimizer.state[shard] = {"step": step.clone(), **moments}
+
+    def _remember(self, parameter: Any, name: str, known: Mapping[str, torch.Tensor]) -> None:
+        """Take this process' part of a parameter's moments."""
+        from deepspeed.utils import safe_set_local_optimizer_state
+
+        size = parameter.ds_tensor.ds_numel
+        start = size * parameter.ds_zero_partition_rank
+        for key in MOMENTS:
+            if known[key].shape != parameter.ds_shape:
+                raise ValueError(f"{key} of {name} has another shape: {tuple(known[key].shape)}")
+            own = known[key].flatten()[start : start + size]
+            own = nn.functional.pad(own, (0, size - len(own)))  # the last process' shard is filled up
+            safe_set_local_optimizer_state(parameter, own, key)
