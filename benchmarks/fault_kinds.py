@@ -63,10 +63,13 @@ def fill_disk(run: Run) -> Iterator[None]:
     left = run.rng.choice([0, run.rng.randrange(8 << 20)])
     ballast = run.output.parent / "ballast"
     with ballast.open("wb") as file:
-        while not ballast.stat().st_size:
+        for _ in range(10):
             disk = os.statvfs(run.output)
             with contextlib.suppress(OSError):  # the run has taken some meanwhile
                 os.posix_fallocate(file.fileno(), 0, max(1, disk.f_bavail * disk.f_frsize - left))
+                break
+        else:
+            raise RuntimeError(f"{ballast}: the disk of the run cannot be filled")
     run.moment += f", {left:,} bytes left"
     yield
     ballast.unlink()

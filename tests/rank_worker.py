@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import sys
 from dataclasses import replace
@@ -93,7 +92,7 @@ def go_on_from_shards_of_fsdp2(ranks: Ranks, agent: Path, shares: Path, folder: 
     rows = pickle.loads(shares.read_bytes())[1][ranks.index]
     one, other = (
         Learner(new_model(agent, lora=False), learning_rate=1e-3, ranks=replace(ranks, zero3=zero3))
-        for zero3 in (False, True)
+        for zero3 in (None, ranks.zero3)
     )
     one.update(rows, 0.2, 0.2)
     one.write_shards(folder / "shards")
@@ -132,8 +131,9 @@ if __name__ == "__main__":
         go_on_from_shards_of_fsdp2(ranks, agent, shares, folder)
         logprob_model.CHUNK = 1 << 15  # processes with more rows would call the head more often
         train(ranks, agent, shares, folder / f"zero3-chunks-{ranks.count}", checkpointing=True)
-        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(folder / "cpu.json")
-        train(ranks, agent, shares, folder / f"zero3-offload-{ranks.count}")
+        cpu = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+        offloading = replace(ranks, zero3=ranks.zero3 | cpu)
+        train(offloading, agent, shares, folder / f"zero3-offload-{ranks.count}")
     else:
         train(replace(ranks, sharded=False), agent, shares, folder / f"ddp-{ranks.count}")
         train(replace(ranks, sharded=True), agent, shares, folder / f"fsdp-{ranks.count}", checkpointing=True)

@@ -33,7 +33,6 @@ class Spread:
     Attributes:
         module: the model.
         optimizer: of its parameters, or of this process' shards of them.
-        writes_shards: whether every process writes its part of what the optimiser remembers.
         in_lockstep: whether processes have to call the modules in the model equally often.
 
     Args:
@@ -44,7 +43,7 @@ class Spread:
         compute: dtype in which shards are put together; None for that of the parameters.
 
     Raises:
-        ConfigError: shards of a model whose layers are not known.
+        ConfigError: shards of a model whose layers are not known, or that the launcher asks for and cannot be had.
         PolicyError: not all processes have the same weights.
     """
 
@@ -59,14 +58,25 @@ class Spread:
         compute: torch.dtype | None = None,
     ) -> None:
         check_same(module, ranks)
-        self.module, self.writes_shards = module, ranks.sharded
-        self._called: Any = _laid_out(module, ranks, compute)
-        self._max_grad_norm = max_grad_norm
-        self.optimizer = make_optimizer(self.learning())
+        self.module, self._ranks, self._max_grad_norm = module, ranks, max_grad_norm
+        self._called: Any
+        self._called, self.optimizer = self._laid_out(make_optimizer, compute)
+
+    def _laid_out(
+        self, make_optimizer: MakeOptimizer, compute: torch.dtype | None
+    ) -> tuple[Any, torch.optim.Optimizer]:
+        """What to call in place of the module, and the optimiser, which wants parameters as they are then."""
+        called = _copied_or_sharded(self.module, self._ranks, compute)
+        return called, make_optimizer(self.learning())
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """The module's forward pass."""
         return self._called(*inputs, **named)
+
+    @property
+    def writes_shards(self) -> bool:
+        """Whether every process writes its part of what the optimiser remembers (`write_shards`)."""
+        return self._ranks.sharded
 
     def learning(self) -> list[nn.Parameter]:
         """The parameters that learn."""
@@ -199,7 +209,7 @@ def check_same(module: nn.Module, ranks: Ranks) -> None:
         )
 
 
-def _laid_out(module: LogprobModel, ranks: Ranks, compute: torch.dtype | None) -> nn.Module:
+def _copied_or_sharded(module: LogprobModel, ranks: Ranks, compute: torch.dtype | None) -> nn.Module:
     """What to call in place of the module; with shards it is the module itself."""
     if ranks.count == 1:
         return module

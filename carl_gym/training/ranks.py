@@ -29,7 +29,7 @@ class Ranks:
         device: that accelerate gave this process; None when it is alone.
         sharded: the launcher asked for FSDP, or for DeepSpeed.
         offload: and FSDP's shards are to rest in the memory of the machine (`fsdp_offload_params`).
-        zero3: the shards are DeepSpeed's.
+        zero3: where the shards are DeepSpeed's, how it is to make them (its `zero_optimization`).
     """
 
     index: int = 0
@@ -37,7 +37,7 @@ class Ranks:
     device: torch.device | None = None
     sharded: bool = False
     offload: bool = False
-    zero3: bool = False
+    zero3: dict[str, Any] | None = None
 
     @property
     def is_main(self) -> bool:
@@ -112,18 +112,18 @@ def launched(device: str | None = None) -> Ranks:
             "the launcher is configured for Megatron-LM, which this trainer does not use; scripts/configs/fsdp2.yaml "
             "shards weights, gradients and optimiser"
         )
-    zero3 = _is_true("ACCELERATE_USE_DEEPSPEED")
-    sharded = zero3 or _is_true("ACCELERATE_USE_FSDP")
+    deepspeed = _is_true("ACCELERATE_USE_DEEPSPEED")
+    sharded = deepspeed or _is_true("ACCELERATE_USE_FSDP")
     offload = sharded and _is_true("FSDP_OFFLOAD_PARAMS")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        if offload or zero3:
+        if offload or deepspeed:
+            what = "DeepSpeed" if deepspeed else "fsdp_offload_params"
             raise ConfigError(
-                f"{'DeepSpeed' if zero3 else 'fsdp_offload_params'} is for the shards of several processes, and there "
-                "is one; start more of them (--num_processes), or take it out of the launcher's configuration"
+                f"{what} is for the shards of several processes, and there is one; start more (--num_processes), "
+                "or take it out of the launcher's configuration"
             )
         return ALONE
-    if zero3:
-        zero_optimization()
+    zero3 = _zero_optimization() if deepspeed else None
     from accelerate import PartialState
 
     # Processes wait for the slowest rollouts of a step, which may take longer than NCCL's ten minutes.
@@ -139,7 +139,7 @@ def launched(device: str | None = None) -> Ranks:
     return Ranks(state.process_index, state.num_processes, state.device, sharded, offload, zero3)
 
 
-def zero_optimization() -> dict[str, Any]:
+def _zero_optimization() -> dict[str, Any]:
     """What the launcher asks of DeepSpeed, under its names. Raises ConfigError where it cannot be done."""
     try:
         import deepspeed  # noqa: F401

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from carl_gym.agents.logprob_model import LogprobModel
 from carl_gym.errors import ConfigError
-from carl_gym.training.parallel import MakeOptimizer, Spread, check_same, named_state, read_moments
-from carl_gym.training.ranks import Ranks, zero_optimization
+from carl_gym.training.parallel import MakeOptimizer, Spread, named_state, read_moments
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW remembers of each parameter, beside the number of steps."""
@@ -26,45 +24,40 @@ class Zero3(Spread):
 
     A process that puts a layer together waits for all others to do so: they have to call it equally often. What the
     optimiser remembers is put together for checkpoints: DeepSpeed's own would be pickles.
-
-    Raises:
-        ConfigError: the configuration cannot be used.
-        PolicyError: not all processes have the same weights.
     """
 
     in_lockstep = True
 
-    def __init__(
-        self,
-        module: LogprobModel,
-        ranks: Ranks,
-        make_optimizer: MakeOptimizer,
-        max_grad_norm: float,
-        compute: torch.dtype | None = None,
-    ) -> None:
+    @property
+    def writes_shards(self) -> bool:
+        """See `Spread`."""
+        return False
+
+    def _laid_out(
+        self, make_optimizer: MakeOptimizer, compute: torch.dtype | None
+    ) -> tuple[Any, torch.optim.Optimizer]:
         import deepspeed
 
-        check_same(module, ranks)
         # DeepSpeed's calls, several in each pass, which nobody here can change.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-        self.module, self.writes_shards, self._is_main = module, False, ranks.is_main
-        self.optimizer = make_optimizer(self.learning())
+        optimizer = make_optimizer(self.learning())
         autocast = {"enabled": True, "dtype": str(compute).removeprefix("torch.")} if compute else {"enabled": False}
         config = {
             "train_micro_batch_size_per_gpu": 1,  # nobody counts by it: passes end where `apart` says so
-            "gradient_clipping": max_grad_norm,
-            "zero_optimization": zero_optimization(),
+            "gradient_clipping": self._max_grad_norm,
+            "zero_optimization": self._ranks.zero3,
             "zero_allow_untested_optimizer": True,  # torch's own AdamW, also where shards are offloaded
             "zero_force_ds_cpu_optimizer": False,
             # Else gradients would travel, and be added up, in the compute dtype.
             "torch_autocast": {**autocast, "lower_precision_safe_modules": []},
         }
         try:
-            self._called, *_ = deepspeed.initialize(
-                model=module, optimizer=self.optimizer, config=config, dist_init_required=False
+            engine, *_ = deepspeed.initialize(
+                model=self.module, optimizer=optimizer, config=config, dist_init_required=False
             )
         except (AssertionError, ValueError) as error:
             raise ConfigError(f"DeepSpeed refuses the launcher's zero_optimization: {error}") from error
+        return engine, optimizer
 
     def apart(self, *, last: bool) -> AbstractContextManager[object]:
         """Around each pass of a step; gradients are exchanged in all of them."""
@@ -75,7 +68,7 @@ class Zero3(Spread):
         """One step of the optimiser; DeepSpeed takes none where gradients are not finite."""
         from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 
-        if not allowed and self._is_main:
+        if not allowed and self._ranks.is_main:
             spoiled = safe_get_local_grad(self.learning()[0]).clone()
             spoiled[0] = torch.nan  # no more of it: what fills up the last process' shard would stay so
             safe_set_local_grad(self.learning()[0], spoiled)
@@ -103,7 +96,7 @@ class Zero3(Spread):
         found = {}
         for name, parameter in self._named():
             moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-            if self._is_main:
+            if self._ranks.is_main:
                 found[name] = {"step": steps.clone()} | {key: moment.cpu() for key, moment in moments.items()}
         if not found:
             return {}
