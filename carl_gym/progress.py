@@ -65,11 +65,11 @@ def live_display(console: Console, draw: Callable[[], RenderableType]) -> Iterat
         console=console,
         get_renderable=draw,
         transient=True,
-        refresh_per_second=REFRESH,
+        auto_refresh=False,
         redirect_stdout=False,
         redirect_stderr=False,
     )
-    with _printed_above(console), live:
+    with _printed_above(console), live, _drawn_anew(live):
         yield
 
 
@@ -103,6 +103,7 @@ def _bars(console: Console, unit: str) -> Iterator[Report]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
+        auto_refresh=False,
         redirect_stdout=False,
         redirect_stderr=False,
     )
@@ -113,8 +114,30 @@ def _bars(console: Console, unit: str) -> Iterator[Report]:
             jobs[what] = bars.add_task(what, total=total, completed=done)
         bars.update(jobs[what], completed=done, total=total)
 
-    with _printed_above(console), bars:
+    with _printed_above(console), bars, _drawn_anew(bars):
         yield report
+
+
+@contextmanager
+def _drawn_anew(shown: Live | Progress) -> Iterator[None]:
+    """Draw it now and then while it lasts.
+
+    Rich's own thread for that is not waited for. At the end of the program it can be the last one to hold the model,
+    and Python aborts a process (SIGABRT) one of whose threads is still taking tensors down when it exits.
+    """
+    over = threading.Event()
+
+    def draw() -> None:
+        while not over.wait(1 / REFRESH):
+            shown.refresh()
+
+    thread = threading.Thread(target=draw, name="display", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 class _Rate(ProgressColumn):

@@ -7,6 +7,8 @@ import json
 import logging
 import re
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -184,6 +186,28 @@ def test_streams_and_handlers_are_put_back_and_stay_usable(monkeypatch):
     inside.write("later\n")
     assert "half a li" in screen.getvalue() and screen.getvalue().endswith("later\n")
     logging.getLogger("somebody.else").removeHandler(handler)
+
+
+def test_when_a_display_ends_no_thread_holds_what_it_has_drawn(monkeypatch):
+    """Else that thread may take the model down while Python exits: an abort in place of exit code 2."""
+    monkeypatch.setattr(progress, "REFRESH", 100.0)
+    console = Console(file=io.StringIO(), force_terminal=True, width=60)
+    drawing = threading.Event()
+
+    def slow() -> str:
+        if threading.current_thread() is not threading.main_thread():
+            drawing.set()
+            time.sleep(0.2)
+        return "at the foot"
+
+    before = threading.enumerate()
+    with live_display(console, slow):
+        assert drawing.wait(60)
+    assert threading.enumerate() == before
+    with progress.progress(console, "passages") as report:
+        report("indexing", 1, 2)
+        assert len(threading.enumerate()) == len(before) + 1
+    assert threading.enumerate() == before
 
 
 @pytest.mark.parametrize("options", [{}, {"force_terminal": True, "_environ": {"TERM": "dumb"}}])
