@@ -63,20 +63,22 @@ class Missed(RuntimeError):
 class Run:
     """A training run in a folder of its own, and the process that is at it."""
 
-    def __init__(self, servers: Servers, folder: Path, rng: random.Random, backend: str, world: str) -> None:
+    def __init__(self, servers: Servers, folder: Path, rng: random.Random, backend: str, world: Sequence[str]) -> None:
         self.servers, self.folder, self.rng, self.world = servers, folder, rng, world
         self.output = folder / "disk" / "run"
         self.starts = self.spoiled = 0
         # Beside the output directory, as it is by default, when that disk is to be full; else one store for all.
-        self.store = (self.output.parent if world == "disk" else servers.folder) / "mlflow.db"
+        self.store = (self.output.parent if "disk" in world else servers.folder) / "mlflow.db"
         self.uri = f"sqlite:///{self.store}"
         self.environment: dict[str, str] = {}
         self.moment = ""
         self._options: dict[str, object] = {}
-        if world == "mlflow":
+        if "fsdp" in world:  # as accelerate's launcher puts scripts/configs/fsdp2.yaml
+            self.environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+        if "mlflow" in world:
             self.uri, self.store = servers.mlflow().url, servers.folder / "mlflow-server" / "mlflow.db"
             self.environment = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-        if world == "retrieval":
+        if "retrieval" in world:
             # The evaluation's questions are of another world.
             self._options |= {
                 "env-args": f"index={servers.recipe(folder / 'remote.toml')}",
@@ -96,7 +98,7 @@ class Run:
         options = {**RUN, **self._options, "output-dir": self.output, "tracking-uri": self.uri}
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         words += ["--resume"] if (self.output / "config.json").is_file() else []
-        arguments = (words, 2 if self.world == "ranks" else 1, str(self.log), self.environment)
+        arguments = (words, 2 if "ranks" in self.world else 1, str(self.log), self.environment)
         self.process = CONTEXT.Process(target=train, args=arguments)
         self.process.start()
         assert self.process.pid is not None

@@ -25,14 +25,14 @@ class Fault:
     Attributes:
         title: for the table.
         happen: called at the random moment; after its yield comes what an operator does once the process has ended.
-        world: what the run has otherwise: ranks (two processes), retrieval (two servers), mlflow (a server), disk (a
-            small one), vllm; "" for nothing.
+        world: what the run has: ranks (two processes), fsdp (FSDP2 in them), retrieval (two servers), mlflow (a
+            server), disk (a small one), vllm.
         first: the fault comes after that step at the earliest.
     """
 
     title: str
     happen: Callable[[Run], AbstractContextManager[None]]
-    world: str = ""
+    world: tuple[str, ...] = ()
     first: int = 0
 
 
@@ -171,20 +171,22 @@ def hang_vllm(run: Run) -> Iterator[None]:
 
 FAULTS = {
     "kill": Fault("kill -9 of the trainer", kill),
-    "rank": Fault("kill -9 of one of two trainer processes", kill_rank, "ranks"),
+    "rank": Fault("kill -9 of one of two trainer processes", kill_rank, ("ranks",)),
+    "rank-fsdp": Fault("kill -9 of one of two FSDP2 processes", kill_rank, ("ranks", "fsdp")),
     "sigterm": Fault("SIGTERM to the trainer", terminate),
-    "sigterm-ranks": Fault("SIGTERM to the launcher of two processes", terminate, "ranks"),
-    "disk": Fault("full disk", fill_disk, "disk"),
+    "sigterm-ranks": Fault("SIGTERM to the launcher of two processes", terminate, ("ranks",)),
+    "disk": Fault("full disk", fill_disk, ("disk",)),
+    "disk-fsdp": Fault("full disk, two FSDP2 processes", fill_disk, ("ranks", "fsdp", "disk")),
     "damage": Fault("kill -9, and the newest checkpoint damaged", damage, first=4),
-    "retrieval": Fault("kill -9 of one of two retrieval servers", kill_replica, "retrieval"),
+    "retrieval": Fault("kill -9 of one of two retrieval servers", kill_replica, ("retrieval",)),
     "retrieval-all": Fault(
-        "kill -9 of both retrieval servers, back after 0-8 s and their start", kill_replicas, "retrieval"
+        "kill -9 of both retrieval servers, back after 0-8 s and their start", kill_replicas, ("retrieval",)
     ),
-    "retrieval-hang": Fault("one of two retrieval servers hangs", hang_replica, "retrieval"),
-    "mlflow": Fault("kill -9 of the MLflow server, back after two steps", kill_mlflow, "mlflow"),
-    "mlflow-gone": Fault("kill -9 of the MLflow server, back after the run's end", kill_mlflow_for_good, "mlflow"),
-    "mlflow-hang": Fault("the MLflow server hangs for two steps", hang_mlflow, "mlflow"),
+    "retrieval-hang": Fault("one of two retrieval servers hangs", hang_replica, ("retrieval",)),
+    "mlflow": Fault("kill -9 of the MLflow server, back after two steps", kill_mlflow, ("mlflow",)),
+    "mlflow-gone": Fault("kill -9 of the MLflow server, back after the run's end", kill_mlflow_for_good, ("mlflow",)),
+    "mlflow-hang": Fault("the MLflow server hangs for two steps", hang_mlflow, ("mlflow",)),
     "mlflow-locked": Fault("MLflow's SQLite file locked for two steps", lock_mlflow),
-    "vllm": Fault("kill -9 of the only vLLM server, then started again", kill_vllm, "vllm"),
-    "vllm-hang": Fault("the only vLLM server hangs for 70-120 s", hang_vllm, "vllm"),
+    "vllm": Fault("kill -9 of the only vLLM server, then started again", kill_vllm, ("vllm",)),
+    "vllm-hang": Fault("the only vLLM server hangs for 70-120 s", hang_vllm, ("vllm",)),
 }

@@ -111,13 +111,21 @@ def end_of(run: Run) -> End:
     import torch
     from safetensors.torch import load_file
 
+    from carl_gym.training.checkpoints import SHARDS
+
     found = run.checkpoints()
     if not found or found[-1].name != f"step-{STEPS:06d}":
         return End("", [])
     saved = torch.load(found[-1] / "trainer.pt", weights_only=True)
     optimizer = {
-        f"{key}/{name}": value for key, entry in saved["optimizer"]["state"].items() for name, value in entry.items()
+        f"{key}/{name}": value
+        for key, entry in saved["optimizer"].get("state", {}).items()
+        for name, value in entry.items()
     }
+    for shard in (found[-1] / SHARDS).glob("*.safetensors"):
+        optimizer |= {f"{shard.name}/{name}": value for name, value in load_file(shard).items()}
+    if not optimizer:
+        raise SystemExit(f"{found[-1]}: no state of the optimiser, whole or in shards")
     digest = hashlib.sha256()
     for name, tensor in sorted(
         {**load_file(found[-1] / "model.safetensors"), **optimizer, "rng": saved["rng"]}.items()
@@ -187,14 +195,14 @@ def _inject(
 
 
 @contextmanager
-def under_way(servers: Servers, folder: Path, rng: random.Random, backend: str, world: str) -> Iterator[Run]:
+def under_way(servers: Servers, folder: Path, rng: random.Random, backend: str, world: Sequence[str]) -> Iterator[Run]:
     """A run that was started, in a new folder; nothing of it is left running."""
     disk = folder / "disk"
     if disk.is_mount():  # of a benchmark that was killed
         subprocess.run(["umount", str(disk)], check=True)
     shutil.rmtree(folder, ignore_errors=True)
     disk.mkdir(parents=True)
-    if world == "disk":
+    if "disk" in world:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "faults", str(disk)], check=True)
     try:
         run = Run(servers, folder, rng, backend, world)
@@ -203,13 +211,13 @@ def under_way(servers: Servers, folder: Path, rng: random.Random, backend: str, 
         finally:
             run.stop()
     finally:
-        if world == "disk":
+        if "disk" in world:
             subprocess.run(["umount", str(disk)], check=True)
 
 
-def undisturbed_end(servers: Servers, options: Options, world: str) -> End:
+def undisturbed_end(servers: Servers, options: Options, world: Sequence[str]) -> End:
     """How a run ends that nothing happens to; remembered in the output directory."""
-    path = options.output_dir / f"undisturbed-{options.backend}{world and '-'}{world}.json"
+    path = options.output_dir / f"{'-'.join(('undisturbed', options.backend, *world))}.json"
     if not path.is_file():
         with under_way(servers, path.with_suffix(""), random.Random(0), options.backend, world) as run:
             if run.wait() or not in_mlflow(run):
@@ -265,7 +273,8 @@ def main(options: Options) -> None:
         for number in range(0 if options.report else options.times):
             for name in chosen:
                 if (options.backend, name, number) not in {(i.backend, i.fault, i.number) for i in done}:
-                    world = "ranks" if FAULTS[name].world == "ranks" else ""  # rounding is not that of one process
+                    # Rounding differs with the number of processes, and what is compared with their layout.
+                    world = [part for part in FAULTS[name].world if part in ("ranks", "fsdp")]
                     injection = inject(name, number, options, servers, undisturbed_end(servers, options, world))
                     print("ok" if injection.ok else "NOT AS IT SHOULD BE", injection, file=sys.stderr, flush=True)
                     with record.open("a", encoding="utf-8") as file:
@@ -279,9 +288,9 @@ def main(options: Options) -> None:
 def why_not(name: str, backend: str) -> str:
     """Why a fault cannot be injected here; "" if it can."""
     world = FAULTS[name].world
-    if world == "vllm" and backend != "vllm-server":
+    if "vllm" in world and backend != "vllm-server":
         return "(with --backend vllm-server)"
-    return "(needs root, to mount a small disk)" if world == "disk" and os.getuid() != 0 else ""
+    return "(needs root, to mount a small disk)" if "disk" in world and os.getuid() != 0 else ""
 
 
 if __name__ == "__main__":
