@@ -1,9 +1,10 @@
 """The whole system on one machine: trainer processes, two vLLM servers and two retrieval servers, as Markdown tables.
 
-    OMP_NUM_THREADS=1 python benchmarks/end_to_end.py [--steps 12] [--arms one two off]
+    OMP_NUM_THREADS=1 python benchmarks/end_to_end.py [--steps 12] [--arms one two fsdp2 zero3 off]
 
-The tiny agent learns MiniWiki with CARL-Lite three times, on the same questions and with the same random numbers: in
-one process, in two under torchrun, and in two with `--one-step-off`. Every action comes from a vLLM server, every
+The tiny agent learns MiniWiki with CARL-Lite once per arm, on the same questions and with the same random numbers: in
+one process, in two under `accelerate launch` with the configurations of scripts/configs/ (the learner whole in each,
+or split by FSDP2 or DeepSpeed's ZeRO-3), and in two with `--one-step-off`. Every action comes from a vLLM server, every
 search of the rollouts from a retrieval server, and the weights go to the servers after each step. Runs that are
 finished in OUTPUT_DIR are not done again, and one that was interrupted goes on. Linux only.
 """
@@ -17,7 +18,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -26,12 +26,15 @@ from typing import Literal, TypeAlias
 import tyro
 from servers import INDEX, ROOT, Servers
 
-Arm = Literal["one", "two", "off"]
-ARMS: dict[Arm, tuple[str, int, tuple[str, ...]]] = {
-    "one": ("one process", 1, ()),
-    "two": ("two processes", 2, ()),
-    "off": ("two processes, one step off", 2, ("--one-step-off",)),
+Arm = Literal["one", "two", "fsdp2", "zero3", "off"]
+ARMS: dict[Arm, tuple[str, str, tuple[str, ...]]] = {
+    "one": ("one process", "", ()),
+    "two": ("two processes", "ddp.yaml", ()),
+    "fsdp2": ("two, FSDP2", "fsdp2.yaml", ()),
+    "zero3": ("two, ZeRO-3", "zero3.yaml", ()),
+    "off": ("two, one step off", "ddp.yaml", ("--one-step-off",)),
 }
+"""Title, configuration of the launcher ("": none), options."""
 PHASES = ("rollout", "update", "sync")
 SAME = ("actions_generated", "actions_trained", "rollout/em", "rollout/reward")
 """What two runs have in common as long as no draw fell otherwise."""
@@ -50,7 +53,7 @@ class Options:
     """Steps between evaluations."""
     eval_questions: int = 200
     """Held-out questions."""
-    arms: tuple[Arm, ...] = ("one", "two", "off")
+    arms: tuple[Arm, ...] = tuple(ARMS)
     """Which runs."""
     seed: int = 0
     """Of all runs."""
@@ -73,9 +76,10 @@ def run(arm: Arm, servers: Servers, options: Options) -> Metrics:
     if not (folder / "summary.json").is_file():
         recipe = servers.recipe(options.output_dir / "remote.toml")
         urls = [servers.vllm(number).url for number in range(2)]
-        _, processes, extra = ARMS[arm]
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "scripts" / "train_carl.py")]
+        _, config, extra = ARMS[arm]
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "scripts" / "configs" / config)]
+        launcher += ["--main_process_port", "0"]
+        command = [sys.executable, *(launcher if config else []), str(ROOT / "scripts" / "train_carl.py")]
         command += ["--algorithm", "carl-lite", "--backend", "vllm-server", "--urls", *urls]
         # The evaluation's questions are of another world, which the retrieval servers do not have.
         command += ["--env-args", f"index={recipe}", "--eval-args", f"index={INDEX}"]
@@ -130,15 +134,17 @@ def report(found: dict[Arm, Metrics]) -> str:
             f"| {title} | {last['actions_generated']:,.0f} | {last['actions_trained']:,.0f} | {' | '.join(numbers)} | "
             f"{' | '.join(f'{gap:.0e}' for gap in gaps)} |"
         )
-    if "one" in found and "two" in found:
-        lines += ["", first_difference(found["one"], found["two"])]
+    if one := found.get("one"):
+        for arm in ("two", "fsdp2", "zero3"):
+            if arm in found:
+                lines += ["", f"{ARMS[arm][0].capitalize()}: {first_difference(one, found[arm])}"]
     return "\n".join(lines)
 
 
-def first_difference(one: Sequence[dict[str, float]], two: Sequence[dict[str, float]]) -> str:
-    """From where on two runs are different."""
-    same = f"One process and two have the same {', '.join(SAME)}"
-    for mine, theirs in zip(one, two, strict=True):
+def first_difference(one: Metrics, other: Metrics) -> str:
+    """From where on a run is not that of one process."""
+    same = f"{', '.join(SAME)} are those of one process"
+    for mine, theirs in zip(one, other, strict=True):
         if names := [name for name in SAME if mine.get(name) != theirs.get(name)]:
             return f"{same} before step {mine['step']:.0f}, where {', '.join(names)} differ."
     return f"{same} at every step."

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from training_runs import config
+from training_runs import arguments, config
 
 from carl_gym.agents.agent import load_agent
 from carl_gym.training.trainer import Trainer
@@ -57,6 +60,25 @@ def test_a_run_that_hangs_at_its_start_says_so(tiny_agent_folder: Path, tmp_path
     monkeypatch.setattr("carl_gym.training.trainer.load_agent", slow)
     Trainer(config(tiny_agent_folder, tmp_path / "run", hang_seconds=0.5))
     assert "process 0 of 1 has been in 'start' for " in capfd.readouterr().err
+
+
+def test_a_process_that_waits_for_one_that_never_comes_says_so(tiny_agent_folder: Path, tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "scripts" / "train_carl.py"
+    words = arguments(tiny_agent_folder, tmp_path / "run", hang_seconds=0.5)
+    with socket.socket() as taken:  # so that nothing else listens there
+        taken.bind(("127.0.0.1", 0))
+        world = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+        environment = {**os.environ, **world, "MASTER_PORT": str(taken.getsockname()[1])}
+        run = subprocess.Popen([sys.executable, script, *words], env=environment, stderr=subprocess.PIPE, text=True)
+        limit = threading.Timer(240, run.kill)
+        limit.start()
+        with run:
+            assert run.stderr is not None
+            said = "".join(itertools.takewhile(lambda line: "launched" not in line, run.stderr))
+            run.kill()
+        limit.cancel()
+    assert "process 1 of 2 has been in 'connecting to the other processes' for " in said
+    assert "accelerate/state.py" in said, "where it is, down to our own call"
 
 
 def test_the_thread_does_not_keep_a_process_alive() -> None:

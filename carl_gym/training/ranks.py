@@ -94,6 +94,11 @@ PATIENCE = timedelta(hours=2)
 """How long a process waits for the others before PyTorch ends it."""
 
 
+def place() -> tuple[int, int]:
+    """Which process this is, and of how many, as its launcher says; 0 of 1 without one."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def launched(device: str | None = None) -> Ranks:
     """The processes that a launcher started together with this one, connected; `ALONE` without a launcher.
 
@@ -115,7 +120,8 @@ def launched(device: str | None = None) -> Ranks:
     deepspeed = _is_true("ACCELERATE_USE_DEEPSPEED")
     sharded = deepspeed or _is_true("ACCELERATE_USE_FSDP")
     offload = sharded and _is_true("FSDP_OFFLOAD_PARAMS")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    _, count = place()
+    if count == 1:
         if offload or deepspeed:
             what = "DeepSpeed" if deepspeed else "fsdp_offload_params"
             raise ConfigError(
@@ -129,9 +135,9 @@ def launched(device: str | None = None) -> Ranks:
     # Processes wait for the slowest rollouts of a step, which may take longer than NCCL's ten minutes.
     # Where there is no GPU, accelerate has to be told: it would leave the processes unconnected, each on its own.
     state = PartialState(cpu=cpu, timeout=PATIENCE)
-    if state.num_processes != int(os.environ["WORLD_SIZE"]):
+    if state.num_processes != count:
         raise ConfigError(
-            f"the launcher started {os.environ['WORLD_SIZE']} processes, and accelerate connects {state.num_processes} "
+            f"the launcher started {count} processes, and accelerate connects {state.num_processes} "
             "of them; is there a GPU for each? Else pass --device cpu"
         )
     # Else transformers leaves models empty in all processes but the first, and they are to sample from them.

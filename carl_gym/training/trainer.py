@@ -46,7 +46,7 @@ from carl_gym.training.preemption import Preempted, Preemption
 from carl_gym.training.profile_report import write_profile
 from carl_gym.training.profiler import Profiler
 from carl_gym.training.questions import load_data
-from carl_gym.training.ranks import launched
+from carl_gym.training.ranks import launched, place
 from carl_gym.training.recording import finish_run, open_run, record_evaluation
 from carl_gym.training.sampler import Sampler
 from carl_gym.training.saver import Saver
@@ -74,10 +74,13 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, profile: bool = False) -> None:
         self.config = config
-        self.ranks = launched(config.device)
-        self.watchdog = Watchdog(f"process {self.ranks.index} of {self.ranks.count}", config.hang_seconds)
-        with self.watchdog.watching(), self.watchdog.phase("start"):
-            self._start(profile)
+        index, count = place()
+        self.watchdog = Watchdog(f"process {index} of {count}", config.hang_seconds)
+        with self.watchdog.watching():
+            with self.watchdog.phase("connecting to the other processes"):
+                self.ranks = launched(config.device)
+            with self.watchdog.phase("start"):
+                self._start(profile)
 
     def _start(self, profile: bool) -> None:
         config = self.config
