@@ -6,6 +6,8 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -270,6 +272,35 @@ def test_an_interrupt_does_not_wait_for_a_search_that_hangs() -> None:
     released.set()
     while not no_thread_is_left():
         time.sleep(0.01)
+
+
+ENCODES = """
+import os, signal, sys, threading, time
+import torch
+from test_async_collector import GRACE, PathTask, RootExplorer, grow, streaming
+
+queries = torch.rand(500, 500)
+
+class Encodes(PathTask):
+    def transition_batch(self, states, actions):
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        end = time.monotonic() + GRACE + 2
+        while time.monotonic() < end:
+            queries @ queries
+        return super().transition_batch(states, actions)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    grow(RootExplorer(2), streaming(), task=Encodes(6))
+except KeyboardInterrupt:
+    sys.exit(143)
+"""
+
+
+def test_a_program_that_exits_while_queries_are_encoded_has_the_exit_code_it_asked_for() -> None:
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run([sys.executable, "-c", ENCODES], env={**os.environ, "PYTHONPATH": path}, check=False)
+    assert done.returncode == 143
 
 
 class Misbehaving(ToyPolicy):

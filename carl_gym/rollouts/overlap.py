@@ -7,6 +7,7 @@ whatever has finished meanwhile as one batch. While that thread runs, it alone t
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,9 @@ from carl_gym.rollouts.timings import Timings
 GRACE = 1.0
 """Seconds that a batch of transitions gets to end in after a failure. One that hangs longer is left behind, in a thread
 that keeps no program alive; what it brings is thrown away."""
+EXIT_GRACE = 10.0
+"""And seconds that the program waits for it when it exits: Python aborts (SIGABRT) what exits while a thread of it is
+in torch, as one that encodes queries is."""
 
 
 class RolloutsDropped(CarlGymError):
@@ -78,6 +82,8 @@ class Overlap:
                 self._over = True
                 self._changed.notify_all()
             worker.join(GRACE)
+            if worker.is_alive():
+                atexit.register(worker.join, EXIT_GRACE)
         if self._failure is not None:
             raise self._failure
         if self._open:
