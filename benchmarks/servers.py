@@ -1,4 +1,4 @@
-"""Server processes of this machine that benchmarks train against: retrieval, vLLM, MLflow."""
+"""Server processes of this machine that benchmarks and tests train against: retrieval, vLLM, MLflow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -50,20 +50,30 @@ class Server:
         self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
 
+    def start(self) -> None:
+        """Start it, or start it again, and do not wait for it."""
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, cwd=ROOT, stdout=log, stderr=log, env=self._environment, start_new_session=True
+            )
+
     def ready(self) -> None:
-        """Up and running, started if it is not."""
-        if self._process is None or self._process.poll() is not None:
-            with self._log.open("ab") as log:
-                self._process = subprocess.Popen(
-                    self._command, cwd=ROOT, stdout=log, stderr=log, env=self._environment, start_new_session=True
-                )
+        """Up and running, started if it is not. Raises RuntimeError with the end of its output."""
+        if not self.running:
+            self.start()
         self.signal(signal.SIGCONT)
         deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline and self._process.poll() is None:
+        while time.monotonic() < deadline and self.running:
             with contextlib.suppress(OSError), urllib.request.urlopen(self._health, timeout=5):
                 return
             time.sleep(0.2)
-        raise SystemExit(f"{self._command} did not start; its output is in {self._log}")
+        said = self._log.read_text(encoding="utf-8", errors="replace")[-3000:]
+        raise RuntimeError(f"{self._command} did not start; its output in {self._log} ends with:\n{said}")
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
 
     @property
     def pid(self) -> int:
@@ -79,6 +89,23 @@ class Server:
             os.killpg(self._process.pid, number)
         if number == signal.SIGKILL:
             self._process.wait()
+
+
+def agent_server(agent: str, log: Path, environment: Mapping[str, str] | None = None) -> Server:
+    """`vllm serve` for an agent."""
+    settings = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    return Server(["scripts/serve_agent.py", agent], "/health", log, {**settings, **(environment or {})})
+
+
+def mlflow_server(folder: Path) -> Server:
+    """`mlflow server` with all that it keeps in a folder, mlflow.db and log.txt among it."""
+    places = ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--artifacts-destination", str(folder)]
+    command = ["-m", "mlflow", "server", "--workers", "1", *places]
+    # Without the six processes for jobs that nobody gives it.
+    return Server(command, "/health", folder / "log.txt", {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
 
 
 @dataclass
@@ -98,7 +125,11 @@ class Servers:
             lines = (json.dumps(dataclasses.asdict(passage)) for passage in make_task("carl/MiniWiki-v0").corpus)
             corpus.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         command = ["scripts/serve_retrieval.py", "--corpus", str(corpus), "--index", INDEX]
-        return [self._ready(f"retrieval-{i}", command, "/healthz") for i in range(2)]
+
+        def one(name: str) -> Server:
+            return self._ready(name, lambda: Server(command, "/healthz", self.folder / f"{name}.log"))
+
+        return [one("retrieval-0"), one("retrieval-1")]
 
     def recipe(self, path: Path) -> Path:
         """A file that says to search on them."""
@@ -108,24 +139,16 @@ class Servers:
     def mlflow(self) -> Server:
         store = self.folder / "mlflow-server"
         store.mkdir(exist_ok=True)
-        places = ["--backend-store-uri", f"sqlite:///{store / 'mlflow.db'}", "--artifacts-destination", str(store)]
-        # Without the six processes for jobs that nobody gives it.
-        environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        return self._ready("mlflow", ["-m", "mlflow", "server", "--workers", "1", *places], "/health", environment)
+        return self._ready("mlflow", lambda: mlflow_server(store))
 
     def vllm(self, number: int = 0) -> Server:
         """One with the tiny agent; different numbers are different ones."""
-        environment = {
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        }
-        return self._ready(f"vllm-{number}", ["scripts/serve_agent.py", "tiny"], "/health", environment)
+        name = f"vllm-{number}"
+        return self._ready(name, lambda: agent_server("tiny", self.folder / f"{name}.log"))
 
-    def _ready(
-        self, name: str, command: Sequence[str], path: str, environment: Mapping[str, str] | None = None
-    ) -> Server:
+    def _ready(self, name: str, make: Callable[[], Server]) -> Server:
         if name not in self.found:
-            self.found[name] = Server(command, path, self.folder / f"{name}.log", environment)
+            self.found[name] = make()
         self.found[name].ready()
         return self.found[name]
 

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import socket
 import sqlite3
-import subprocess
-import sys
-import time
-import urllib.request
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,37 +12,10 @@ from pathlib import Path
 import pytest
 from training_runs import config, metrics, mlflow_steps, run_record
 
+from benchmarks.servers import Server, mlflow_server
 from carl_gym.errors import ConfigError
 from carl_gym.tracking.mlflow_tracker import MlflowTracker
 from carl_gym.training.trainer import Trainer
-
-
-class Server:
-    """`mlflow server` on this machine."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = int(free.getsockname()[1])
-        self.url, self.folder = f"http://127.0.0.1:{self.port}", folder
-        self.start()
-
-    def start(self) -> None:
-        places = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--artifacts-destination", self.folder]
-        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(self.port), *places]
-        with (self.folder / "log.txt").open("ab") as log:
-            environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # which start six processes
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
-        while self.process.poll() is None:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                return
-            time.sleep(0.1)
-        pytest.fail((self.folder / "log.txt").read_text()[-3000:])
-
-    def signal(self, number: int) -> None:
-        os.killpg(self.process.pid, number)
-        if number == signal.SIGKILL:
-            self.process.wait()
 
 
 @pytest.fixture
@@ -56,7 +23,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     (tmp_path / "server").mkdir()
-    running = Server(tmp_path / "server")
+    running = mlflow_server(tmp_path / "server")
+    running.ready()
     yield running
     running.signal(signal.SIGKILL)
 
@@ -92,7 +60,7 @@ def test_what_a_server_missed_is_made_up_for(server: Server, tmp_path: Path) -> 
     assert "the same command with --resume adds it" in str(said[-1].message)
     with pytest.raises(ConfigError, match=r"MLflow cannot use the store.*is it up\?"):
         start(server.url, tmp_path / "three")
-    server.start()
+    server.ready()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         two = start(server.url, tmp_path / "two", run_id=two.run_id)

