@@ -137,7 +137,7 @@ def report(found: dict[Arm, Metrics]) -> str:
     if one := found.get("one"):
         for arm in ("two", "fsdp2", "zero3"):
             if arm in found:
-                lines += ["", f"{ARMS[arm][0].capitalize()}: {first_difference(one, found[arm])}"]
+                lines += ["", f"{ARMS[arm][0]}: {first_difference(one, found[arm])}"]
     return "\n".join(lines)
 
 
