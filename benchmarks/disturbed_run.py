@@ -74,10 +74,10 @@ class Run:
         self.moment = ""
         self._options: dict[str, object] = {}
         if "fsdp" in world:  # as accelerate's launcher puts scripts/configs/fsdp2.yaml
-            self.environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+            self.environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         if "mlflow" in world:
             self.uri, self.store = servers.mlflow().url, servers.folder / "mlflow-server" / "mlflow.db"
-            self.environment = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+            self.environment |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
         if "retrieval" in world:
             # The evaluation's questions are of another world.
             self._options |= {
