@@ -30,7 +30,7 @@ FOLDER = Path(__file__).parent
 DATA = "CARL_GYM_DATA"
 COMMANDS = {"cuda": "nvidia-smi", "chromedriver": "chromedriver"}
 """Needs that are there where a command is."""
-PACKAGES = ("torch", "transformers", "numpy", "vllm", "trl", "numba", "faiss-cpu")
+PACKAGES = ("torch", "transformers", "numpy", "vllm", "trl", "numba", "faiss-cpu", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ BENCHMARKS = (
     Benchmark("collector_speed", minutes=15, needs=("vllm",)),
     Benchmark("credit_bench", minutes=8),
     Benchmark("dense_speed", "--passages 10000 100000", 15, ("faiss", "sentence_transformers")),
-    Benchmark("end_to_end", minutes=30, needs=("vllm",)),
+    Benchmark("end_to_end", minutes=40, needs=("vllm", "deepspeed")),
     Benchmark("env_comparison", minutes=2),
     Benchmark("env_speed", f"--data-dir ${DATA}/hotpotqa", 3, (DATA,)),
     Benchmark("faults", minutes=240),

@@ -20,6 +20,8 @@ from typing import Self
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 600.0
 """Seconds without any progress after which a benchmark gives up."""
+START = 300.0
+"""Seconds that a server gets to start in."""
 INDEX = "miniwiki-bm25"
 """MiniWiki's own; of the retrieval servers as well."""
 RECIPE = """
@@ -58,11 +60,15 @@ class Server:
             )
 
     def ready(self) -> None:
-        """Up and running, started if it is not. Raises RuntimeError with the end of its output."""
+        """Up and running, started if it is not. Raises as `wait`."""
         if not self.running:
             self.start()
         self.signal(signal.SIGCONT)
-        deadline = time.monotonic() + PATIENCE
+        self.wait()
+
+    def wait(self) -> None:
+        """Until it answers. Raises RuntimeError with the end of its output when it ends, or after START seconds."""
+        deadline = time.monotonic() + START
         while time.monotonic() < deadline and self.running:
             with contextlib.suppress(OSError), urllib.request.urlopen(self._health, timeout=5):
                 return

@@ -132,12 +132,13 @@ def _drawn_anew(shown: Live | Progress) -> Iterator[None]:
             shown.refresh()
 
     thread = threading.Thread(target=draw, name="display", daemon=True)
-    thread.start()
     try:
+        thread.start()
         yield
     finally:
         over.set()
-        thread.join()
+        if thread.is_alive():
+            thread.join()
 
 
 class _Rate(ProgressColumn):

@@ -24,9 +24,11 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     (tmp_path / "server").mkdir()
     running = mlflow_server(tmp_path / "server")
-    running.ready()
-    yield running
-    running.signal(signal.SIGKILL)
+    try:
+        running.ready()
+        yield running
+    finally:
+        running.signal(signal.SIGKILL)
 
 
 def start(uri: str, output_dir: Path, **settings: object) -> MlflowTracker:

@@ -19,7 +19,7 @@ from carl_gym.api_key import VARIABLE
 from carl_gym.envs.protocol import STOP_STRINGS
 
 KEY = "sesame-0123456789"
-START_SECONDS = 300
+PATIENCE = 300
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_a_vllm_server_with_a_key_is_closed_and_trains(
     model = save_model(tmp_path / "learner", scale=0.12)
     policy = VllmServerPolicy(
         [server.url], TAGS, STOP_STRINGS, {TAGS.eos_token_id}, context=CONTEXT,
-        transfer=DiskTransfer(tmp_path / "weights"), patience=START_SECONDS,
+        transfer=DiskTransfer(tmp_path / "weights"), patience=PATIENCE,
     )  # fmt: skip
     policy.sync(dict(model.named_parameters()))
     asked = requests(4, temperature=1.0)

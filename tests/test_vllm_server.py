@@ -35,7 +35,7 @@ from carl_gym.rollouts import RootExplorer, collect
 
 EOS = {TAGS.eos_token_id}
 TOLERANCE = 1e-4  # nats
-START_SECONDS = 240
+PATIENCE = 240
 TRAIN = Path(__file__).parent.parent / "scripts" / "train_carl.py"
 
 
@@ -49,7 +49,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, lis
         for server in servers:
             server.start()
         for server in servers:
-            server.ready()
+            server.wait()
         yield folder / "model", servers
     finally:
         for server in servers:
@@ -65,7 +65,7 @@ def connected(
     model = save_model(tmp_path / "model", tied=True)
     policy = VllmServerPolicy(
         [server.url for server in servers], TAGS, STOP_STRINGS, EOS, context=CONTEXT,
-        transfer=DiskTransfer(tmp_path / "weights"), timeout=120, patience=START_SECONDS,
+        transfer=DiskTransfer(tmp_path / "weights"), timeout=120, patience=PATIENCE,
     )  # fmt: skip
     policy.sync(dict(model.named_parameters()))
     yield model, policy, servers
@@ -120,7 +120,7 @@ def test_a_server_is_killed_in_mid_batch_and_comes_back(
     assert gap(model, asked, sampled) < TOLERANCE, "each answer belongs to its request and to these weights"
     optimiser_step(model, optimizer, 1)
     policy.sync(dict(model.named_parameters()))  # the one that is up
-    servers[0].ready()
+    servers[0].wait()
     deadline = time.monotonic() + 60
     while policy.trouble and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -71,6 +71,7 @@ def test_a_process_that_waits_for_one_that_never_comes_says_so(tiny_agent_folder
         environment = {**os.environ, **world, "MASTER_PORT": str(taken.getsockname()[1])}
         run = subprocess.Popen([sys.executable, script, *words], env=environment, stderr=subprocess.PIPE, text=True)
         limit = threading.Timer(240, run.kill)
+        limit.daemon = True
         limit.start()
         with run:
             assert run.stderr is not None

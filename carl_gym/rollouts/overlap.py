@@ -20,9 +20,9 @@ from carl_gym.rollouts.timings import Timings
 
 GRACE = 1.0
 """Seconds that a batch of transitions gets to end in after a failure. One that hangs longer is left behind, in a thread
-that keeps no program alive; what it brings is thrown away."""
+that keeps no program alive for long; what it brings is thrown away."""
 EXIT_GRACE = 10.0
-"""And seconds that the program waits for it when it exits: Python aborts (SIGABRT) what exits while a thread of it is
+"""Seconds that the program waits for it when it exits: Python aborts (SIGABRT) what exits while a thread of it is
 in torch, as one that encodes queries is."""
 
 
@@ -81,9 +81,11 @@ class Overlap:
             with self._changed:
                 self._over = True
                 self._changed.notify_all()
-            worker.join(GRACE)
-            if worker.is_alive():
-                atexit.register(worker.join, EXIT_GRACE)
+            try:
+                worker.join(GRACE)
+            finally:  # also when it is interrupted once more
+                if worker.is_alive():
+                    atexit.register(worker.join, EXIT_GRACE)
         if self._failure is not None:
             raise self._failure
         if self._open:

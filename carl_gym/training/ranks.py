@@ -94,7 +94,7 @@ PATIENCE = timedelta(hours=2)
 """How long a process waits for the others before PyTorch ends it."""
 
 
-def place() -> tuple[int, int]:
+def index_and_count() -> tuple[int, int]:
     """Which process this is, and of how many, as its launcher says; 0 of 1 without one."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -120,7 +120,7 @@ def launched(device: str | None = None) -> Ranks:
     deepspeed = _is_true("ACCELERATE_USE_DEEPSPEED")
     sharded = deepspeed or _is_true("ACCELERATE_USE_FSDP")
     offload = sharded and _is_true("FSDP_OFFLOAD_PARAMS")
-    _, count = place()
+    _, count = index_and_count()
     if count == 1:
         if offload or deepspeed:
             what = "DeepSpeed" if deepspeed else "fsdp_offload_params"

@@ -46,7 +46,7 @@ from carl_gym.training.preemption import Preempted, Preemption
 from carl_gym.training.profile_report import write_profile
 from carl_gym.training.profiler import Profiler
 from carl_gym.training.questions import load_data
-from carl_gym.training.ranks import launched, place
+from carl_gym.training.ranks import index_and_count, launched
 from carl_gym.training.recording import finish_run, open_run, record_evaluation
 from carl_gym.training.sampler import Sampler
 from carl_gym.training.saver import Saver
@@ -74,7 +74,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, profile: bool = False) -> None:
         self.config = config
-        index, count = place()
+        index, count = index_and_count()
         self.watchdog = Watchdog(f"process {index} of {count}", config.hang_seconds)
         with self.watchdog.watching():
             with self.watchdog.phase("connecting to the other processes"):
