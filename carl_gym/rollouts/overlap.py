@@ -63,6 +63,7 @@ class Overlap:
         self._open = len(self._requests)  # actions that are wanted and not yet in their trees
         self._failure: BaseException | None = None
         self._over = False
+        self._ended = threading.Event()  # set at the end of the environment's thread
 
     def run(self, policy: StreamingPolicy) -> None:
         """Sample, step and fork until every tree is complete.
@@ -81,15 +82,21 @@ class Overlap:
             with self._changed:
                 self._over = True
                 self._changed.notify_all()
-            try:
-                worker.join(GRACE)
-            finally:  # also when it is interrupted once more
-                if worker.is_alive():
-                    atexit.register(worker.join, EXIT_GRACE)
+            self._wait_for(worker)
         if self._failure is not None:
             raise self._failure
         if self._open:
             raise PolicyError(f"the policy ended its stream while {self._open} actions were wanted from it")
+
+    def _wait_for(self, worker: threading.Thread) -> None:
+        # Not by `join`: after one that was interrupted Python 3.11 takes the thread for ended.
+        try:
+            self._ended.wait(GRACE)
+        finally:
+            if self._ended.is_set():
+                worker.join()
+            else:
+                atexit.register(self._ended.wait, EXIT_GRACE)
 
     # -- in the policy's thread --------------------------------------------------------------------
 
@@ -131,6 +138,8 @@ class Overlap:
             with self._changed:
                 self._failure = failure
                 self._changed.notify_all()
+        finally:
+            self._ended.set()
 
     def _next_batch(self) -> list[tuple[int, Completion]]:
         """All actions that have finished, once there is one; none at the end."""
